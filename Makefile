@@ -1,0 +1,37 @@
+# make install | demo | test | lint | test-slow | test-gpu | clean
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+
+.PHONY: install demo test lint test-slow test-gpu clean
+
+install: $(STAMP)
+
+# The stamp is written last, so an interrupted installation is done again.
+$(STAMP): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lite,dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python -m densekit.demo
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m 'not slow'
+
+# Real photographs: DENSEKIT_SAMPLES names the folder that holds them (see CONTRIBUTING.md).
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache

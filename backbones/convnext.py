@@ -1,0 +1,344 @@
+"""ConvNeXt V1 and V2 as a backbone for dense prediction.
+
+Papers: "A ConvNet for the 2020s" (arXiv 2201.03545), "ConvNeXt V2" (arXiv 2301.00808).
+Source of the architecture: facebookresearch/ConvNeXt at 048efce (MIT), models/convnext.py and
+object_detection/mmdet/models/backbones/convnext.py. Differs from it:
+
+- per-stage norms exist only for the requested outputs (unused parameters make DistributedDataParallel fail);
+- LayerNorm statistics are float32 in every dtype;
+- stages can be frozen, blocks can be checkpointed;
+- an input too small for five halvings is padded with zeros instead of refused.
+
+Layouts: N images, C channels, H rows, W columns.
+"""
+
+import difflib
+import functools
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from mmengine.model.weight_init import PretrainedInit
+from mmengine.registry import MODELS
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from backbones.layers import GRN, LayerNorm2d
+
+ARCHS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    # blocks of each stage, channels of each stage
+    'atto': ((2, 2, 6, 2), (40, 80, 160, 320)),  # V2, Table 15
+    'femto': ((2, 2, 6, 2), (48, 96, 192, 384)),
+    'pico': ((2, 2, 6, 2), (64, 128, 256, 512)),
+    'nano': ((2, 2, 8, 2), (80, 160, 320, 640)),
+    'tiny': ((3, 3, 9, 3), (96, 192, 384, 768)),  # V1, section 3
+    'small': ((3, 3, 27, 3), (96, 192, 384, 768)),
+    'base': ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    'large': ((3, 3, 27, 3), (192, 384, 768, 1536)),
+    'xlarge': ((3, 3, 27, 3), (256, 512, 1024, 2048)),
+    'huge': ((3, 3, 27, 3), (352, 704, 1408, 2816)),  # V2
+}
+
+ACTIVATIONS = {'GELU': nn.GELU, 'ReLU': nn.ReLU, 'SiLU': nn.SiLU, 'Hardswish': nn.Hardswish}
+
+NUM_STAGES = 4
+
+# A named object, so that "not given" can be told from "1e-6 was asked for" (see ConvNeXt, use_grn).
+DEFAULT_LAYER_SCALE = float('1e-6')
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise 7x7 convolution, LayerNorm, expansion by 4, activation, (GRN,) projection, layer scale, residual.
+
+    Source: the second of the two equivalent forms in the official code, with the pointwise convolutions as Linear
+    layers on ``(N, H, W, C)``.
+
+    Args:
+        channels: C.
+        drop_path: probability of dropping the branch of a sample in training.
+        layer_scale: initial value of the per-channel scale of the branch; 0 for none.
+        use_grn: put a GRN behind the activation, as V2 does.
+        eps: of the LayerNorm.
+        act: the activation module.
+        with_cp: recompute the block in the backward pass.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        drop_path: float,
+        layer_scale: float,
+        use_grn: bool,
+        eps: float,
+        act: nn.Module,
+        with_cp: bool,
+    ) -> None:
+        super().__init__()
+        self.with_cp = with_cp
+        self.dwconv = nn.Conv2d(channels, channels, kernel_size=7, padding=3, groups=channels)
+        self.norm = nn.LayerNorm(channels, eps=eps)
+        self.pwconv1 = nn.Linear(channels, 4 * channels)
+        self.act = act
+        self.grn = GRN(4 * channels) if use_grn else None
+        self.pwconv2 = nn.Linear(4 * channels, channels)
+        self.gamma = nn.Parameter(torch.full((channels,), layer_scale)) if layer_scale > 0 else None
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``(N, C, H, W)`` to ``(N, C, H, W)``."""
+        if self.with_cp and torch.is_grad_enabled():
+            # Reentrant checkpointing gives parameters no gradient where the input needs none, as behind a frozen stem.
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        x_nhwc = self.dwconv(x).permute(0, 2, 3, 1)
+        x_nhwc = self.act(self.pwconv1(self.norm(x_nhwc)))
+        if self.grn is not None:
+            x_nhwc = self.grn(x_nhwc)
+        x_nhwc = self.pwconv2(x_nhwc)
+        if self.gamma is not None:
+            x_nhwc = self.gamma * x_nhwc
+        return x + self.drop_path(x_nhwc.permute(0, 3, 1, 2))
+
+
+@MODELS.register_module()
+class ConvNeXt(BaseModule):
+    """ConvNeXt that emits one LayerNormed feature map per requested stage.
+
+    Parameter names are the official ones, so official checkpoints load without renaming. The arguments are those of
+    mmpretrain's ConvNeXt; a config for that one runs here after changing ``type``.
+
+    Args:
+        arch: a name in ``ARCHS`` or ``dict(depths=(..4..), channels=(..4..))``.
+        in_channels: of the image.
+        stem_patch_size: kernel and stride of the first convolution; stage i has stride ``stem_patch_size * 2**i``.
+        norm_cfg: ``dict(type='LN2d', eps=...)``; LayerNorm is the only kind.
+        act_cfg: ``dict(type=..., **arguments)``, with a type in ``ACTIVATIONS``.
+        linear_pw_conv: accepted for compatibility. Linear layers and 1x1 convolutions are the same function of the
+            same parameters; Linear layers are computed, and weights of either form load.
+        use_grn: ConvNeXt V2. Then there is no layer scale unless ``layer_scale_init_value`` is given.
+        drop_path_rate: of the last block; it rises linearly from 0 at the first.
+        layer_scale_init_value: 0 for no layer scale. The papers' detectors and segmentors use 1.
+        out_indices: stages to emit, in any order, negative ones counted from the end. Outputs are finest first.
+            Stages behind the last one keep their parameters, so that weights fit, but are frozen and not computed.
+        frozen_stages: freezes the stem and the first n stages (0 or -1: nothing). Output norms stay trainable.
+        gap_before_final_norm: must be False: dense features are not pooled.
+        with_cp: recompute the blocks' activations in the backward pass instead of keeping them.
+        init_cfg: mmengine's. ``dict(type='Pretrained', checkpoint=..., prefix=...)`` goes through
+            :class:`backbones.checkpoint.PretrainedBackbone`, which fails unless the weights fit.
+
+    Attributes:
+        channels: C of each output.
+        strides: of each output, in pixels of the input.
+
+    Raises:
+        ValueError: if an argument is not allowed; the message says what is.
+    """
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Sequence[int]] = 'tiny',
+        in_channels: int = 3,
+        stem_patch_size: int = 4,
+        norm_cfg: Mapping[str, Any] = dict(type='LN2d', eps=1e-6),
+        act_cfg: Mapping[str, Any] = dict(type='GELU'),
+        linear_pw_conv: bool = True,
+        use_grn: bool = False,
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = DEFAULT_LAYER_SCALE,
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = 0,
+        gap_before_final_norm: bool = False,
+        with_cp: bool = False,
+        init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        super().__init__(init_cfg=_with_strict_loader(init_cfg))
+        self.depths, widths = _sizes(arch)
+        self.out_indices = _stage_indices(out_indices)
+        self.frozen_stages = _frozen_stages(frozen_stages)
+        self.stem_patch_size = stem_patch_size
+        if gap_before_final_norm:
+            raise ValueError('gap_before_final_norm=True pools the features away; a dense backbone needs False')
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate={drop_path_rate} is not in [0, 1)')
+        if not 0 <= layer_scale_init_value < math.inf:
+            raise ValueError(f'layer_scale_init_value={layer_scale_init_value}: give a positive number, or 0 for none')
+        if use_grn and layer_scale_init_value is DEFAULT_LAYER_SCALE:
+            layer_scale_init_value = 0.0
+        eps = _layer_norm_eps(norm_cfg)
+
+        self.downsample_layers = nn.ModuleList(
+            [nn.Sequential(nn.Conv2d(in_channels, widths[0], stem_patch_size, stem_patch_size), _norm(widths[0], eps))]
+        )
+        for c_in, c_out in itertools.pairwise(widths):
+            self.downsample_layers.append(nn.Sequential(_norm(c_in, eps), nn.Conv2d(c_in, c_out, 2, 2)))
+
+        rates = iter(torch.linspace(0, drop_path_rate, sum(self.depths), device='cpu').tolist())
+        block = functools.partial(
+            ConvNeXtBlock, layer_scale=layer_scale_init_value, use_grn=use_grn, eps=eps, with_cp=with_cp
+        )
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(block(width, drop_path=next(rates), act=_activation(act_cfg)) for _ in range(depth)))
+            for depth, width in zip(self.depths, widths, strict=True)
+        )
+        for i in self.out_indices:
+            self.add_module(f'norm{i}', _norm(widths[i], eps))
+
+        self.channels = tuple(widths[i] for i in self.out_indices)
+        self.strides = tuple(stem_patch_size * 2**i for i in self.out_indices)
+        self.apply(_init_parameters)
+        self._freeze()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Computes the features of a batch of images.
+
+        Args:
+            x: ``(N, in_channels, H, W)`` of any height and width.
+
+        Returns:
+            One ``(N, channels[k], H // strides[k], W // strides[k])`` per entry of ``out_indices``, finest first
+            (at least 1 x 1 each).
+        """
+        outputs = []
+        for i in range(self.out_indices[-1] + 1):
+            x = self.downsample_layers[i](_at_least(x, self.stem_patch_size if i == 0 else 2))
+            x = self.stages[i](x)
+            if i in self.out_indices:
+                outputs.append(getattr(self, f'norm{i}')(x))
+        return tuple(outputs)
+
+    def train(self, mode: bool = True) -> 'ConvNeXt':
+        """Sets the training mode; what is frozen stays frozen and in evaluation mode."""
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def layer_depth(self, name: str, mode: str = 'layer_wise') -> tuple[int, int]:
+        """The depth of a parameter, for layer-wise learning-rate decay.
+
+        With L layers there are ``L + 2`` depths; the last stands for everything after the blocks. L is 6 when the
+        third stage has at most 9 blocks, else ``max(12, 3 + ceil(blocks / 3))``: every third block of that stage is a
+        depth of its own. ``stage_wise`` puts the stem and every downsampling at 0 and stage s at s + 1, so that with
+        L = 6 or 12 there is a gap between the last stage and the head, as in the published recipes.
+
+        Source: get_num_layer_layer_wise, get_num_layer_stage_wise in facebookresearch/ConvNeXt at 048efce,
+        object_detection/mmcv_custom and semantic_segmentation/mmcv_custom.
+
+        Args:
+            name: of a parameter or module, relative to this backbone.
+            mode: 'layer_wise' or 'stage_wise'.
+
+        Returns:
+            The depth, and the number of depths.
+
+        Raises:
+            ValueError: if the mode is neither of the two.
+        """
+        if mode not in ('layer_wise', 'stage_wise'):
+            raise ValueError(f"mode {mode!r} is unknown; choose 'layer_wise' or 'stage_wise'")
+        blocks = self.depths[2]
+        layers = 6 if blocks <= 9 else max(12, 3 + math.ceil(blocks / 3))
+        num_depths = layers + 2
+        match = re.match(r'(downsample_layers|stages)\.(\d+)(?:\.(\d+))?', name)
+        if match is None:
+            return num_depths - 1, num_depths
+        kind, stage, block = match[1], int(match[2]), int(match[3] or 0)
+        if mode == 'stage_wise':
+            return (0 if kind == 'downsample_layers' else stage + 1), num_depths
+        if kind == 'downsample_layers':
+            return (0, 2, 3, layers)[stage], num_depths
+        return (1, 2, 3 + block // 3, layers)[stage], num_depths
+
+    def _freeze(self) -> None:
+        for i in (*range(self.frozen_stages), *range(self.out_indices[-1] + 1, NUM_STAGES)):
+            for module in (self.downsample_layers[i], self.stages[i]):
+                module.eval()
+                module.requires_grad_(False)
+
+
+def _norm(channels: int, eps: float) -> LayerNorm2d:
+    return LayerNorm2d(channels, eps=eps)
+
+
+def _init_parameters(module: nn.Module) -> None:
+    """Truncated normal with std 0.02 and zero biases, as in the official code."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _at_least(x: Tensor, size: int) -> Tensor:
+    """Pads ``(N, C, H, W)`` on the right and below so that a kernel of ``size`` fits once."""
+    rows, columns = max(size - x.shape[2], 0), max(size - x.shape[3], 0)
+    return F.pad(x, (0, columns, 0, rows)) if rows or columns else x
+
+
+def _sizes(arch: str | Mapping[str, Sequence[int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Blocks and channels of each stage."""
+    if isinstance(arch, str):
+        if arch not in ARCHS:
+            nearest = difflib.get_close_matches(arch.lower(), ARCHS, n=1)
+            hint = f' Did you mean {nearest[0]!r}?' if nearest else ''
+            raise ValueError(
+                f'arch {arch!r} is unknown.{hint} Choose from {", ".join(ARCHS)}, '
+                'or give dict(depths=(d1, d2, d3, d4), channels=(c1, c2, c3, c4)).'
+            )
+        return ARCHS[arch]
+    if set(arch) != {'depths', 'channels'}:
+        raise ValueError(f'arch has the keys {sorted(arch)}; give exactly depths and channels, four numbers each')
+    depths, channels = tuple(arch['depths']), tuple(arch['channels'])
+    if len(depths) != NUM_STAGES or len(channels) != NUM_STAGES or min(*depths, *channels) < 1:
+        raise ValueError(f'arch has depths={depths} and channels={channels}; give four positive numbers each')
+    return depths, channels
+
+
+def _stage_indices(out_indices: int | Sequence[int]) -> tuple[int, ...]:
+    given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+    indices = tuple(sorted(i + NUM_STAGES if i < 0 else i for i in given))
+    if not indices or len(set(indices)) != len(indices) or indices[0] < 0 or indices[-1] >= NUM_STAGES:
+        raise ValueError(f'out_indices={given}: give different stages from 0 to 3 (or -4 to -1), at least one')
+    return indices
+
+
+def _frozen_stages(frozen_stages: int) -> int:
+    if not -1 <= frozen_stages <= NUM_STAGES:
+        raise ValueError(f'frozen_stages={frozen_stages}: give 0 (or -1) for none, up to 4 for all stages')
+    return max(frozen_stages, 0)
+
+
+def _layer_norm_eps(norm_cfg: Mapping[str, Any]) -> float:
+    unknown = set(norm_cfg) - {'type', 'eps'}
+    if norm_cfg.get('type') not in ('LN2d', 'LN') or unknown:
+        raise ValueError(f"norm_cfg={dict(norm_cfg)}: ConvNeXt has LayerNorm only; give dict(type='LN2d', eps=1e-6)")
+    return float(norm_cfg.get('eps', 1e-6))
+
+
+def _activation(act_cfg: Mapping[str, Any]) -> nn.Module:
+    arguments = dict(act_cfg)
+    kind = arguments.pop('type', None)
+    if kind not in ACTIVATIONS:
+        raise ValueError(f'act_cfg has type {kind!r}; choose from {", ".join(ACTIVATIONS)}')
+    return ACTIVATIONS[kind](**arguments)
+
+
+def _with_strict_loader(
+    init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
+) -> list[dict[str, Any]] | None:
+    """Replaces mmengine's 'Pretrained', which only warns when weights do not fit, by ours, and puts it last."""
+    if init_cfg is None:
+        return None
+    cfgs = [dict(cfg) for cfg in ([init_cfg] if isinstance(init_cfg, Mapping) else init_cfg)]
+    for cfg in cfgs:
+        # As a class, or as a name that may begin with a scope, such as 'mmengine.Pretrained'.
+        if cfg.get('type') is PretrainedInit or str(cfg.get('type')).split('.')[-1] == 'Pretrained':
+            cfg['type'] = 'PretrainedBackbone'
+    return sorted(cfgs, key=lambda cfg: cfg.get('type') == 'PretrainedBackbone')

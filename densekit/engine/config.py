@@ -1,0 +1,138 @@
+"""From a config file and command-line options to a checked config."""
+
+import difflib
+import inspect
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
+
+from densekit.engine.config_check import check_types
+
+# Read from the config by mmengine, mmdet, mmseg or densekit although they are no argument of the Runner.
+_OTHER_KEYS = {
+    'activation_checkpointing',
+    'compile',
+    'custom_imports',
+    'efficient_conv_bn_eval',
+    'find_unused_parameters',
+    'model_wrapper_cfg',
+    'runner_type',
+    'sync_bn',
+    'tta_model',
+    'tta_pipeline',
+}
+_TOP_LEVEL = set(inspect.signature(Runner.__init__).parameters) - {'self', 'cfg'} | _OTHER_KEYS
+
+
+def load_config(path: str, options: Sequence[str] = ()) -> Config:
+    """Reads a config file, applies options and checks every key whose owner is known.
+
+    Args:
+        path: a Python config file. It is code, and is executed.
+        options: ``key=value`` texts, keys dotted, as in ``model.backbone.drop_path_rate=0.3``.
+
+    Returns:
+        The config; ``work_dir`` and ``runner_type`` are set.
+
+    Raises:
+        FileNotFoundError: if there is no such file; the message names the nearest.
+        ValueError: if a key is misspelt or a text is no option.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'config {path} does not exist.{_nearest_config(path)}')
+    cfg = Config.fromfile(path)
+    if 'model' not in cfg:
+        raise ValueError(f'config {path} has no model; give a file of configs/detection or configs/segmentation')
+    parsed = parse_options(options)
+    for key in parsed:
+        _check_option(cfg, key)
+    try:
+        cfg.merge_from_dict(parsed)
+    except (KeyError, IndexError, TypeError, AssertionError) as error:
+        raise ValueError(f'--cfg-options cannot be applied: {error}') from error
+    if cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs', Path(path).stem))
+    cfg.setdefault('runner_type', 'DensekitRunner')
+    check_types(cfg)
+    return cfg
+
+
+def parse_options(options: Iterable[str]) -> dict[str, Any]:
+    """Turns ``['a.b=1', 'c=[2,3]']`` into ``{'a.b': 1, 'c': [2, 3]}``.
+
+    Raises:
+        ValueError: if a text has no ``=``.
+    """
+    parsed = {}
+    for option in options:
+        key, equals, value = option.partition('=')
+        if not equals or not key:
+            raise ValueError(f'--cfg-options {option!r} is no key=value, such as train_dataloader.batch_size=4')
+        parsed[key] = DictAction._parse_iterable(value)
+    return parsed
+
+
+def set_amp(cfg: Config, amp: str) -> None:
+    """Chooses the precision of training.
+
+    Args:
+        cfg: changed in place.
+        amp: 'bf16', 'fp16' (with mmengine's loss scaler, on a GPU) or 'off' (float32).
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    wrapper = cfg.optim_wrapper
+    for key in ('type', 'dtype', 'loss_scale'):
+        wrapper.pop(key, None)
+    if amp == 'bf16':
+        wrapper.type = 'AutocastOptimWrapper'
+    elif amp == 'fp16':
+        wrapper.update(type='AmpOptimWrapper', dtype='float16', loss_scale='dynamic')
+    elif amp == 'off':
+        wrapper.type = 'OptimWrapper'
+    else:
+        raise ValueError(f'--amp {amp}: choose bf16, fp16 or off')
+
+
+def closest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The word most like ``word``, or None if none is."""
+    found = difflib.get_close_matches(word, list(words), n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+def _nearest_config(path: str) -> str:
+    folder = Path(path).parent
+    configs = {p.name: p for p in folder.glob('*.py')} if folder.is_dir() else {}
+    configs = configs or {p.name: p for p in Path('configs').glob('*/*.py') if p.parent.name != '_base_'}
+    if not configs:
+        return ' Configs lie in configs/detection and configs/segmentation of the densekit checkout.'
+    nearest = closest(Path(path).name, configs, cutoff=0.0)
+    return f' Did you mean {configs[nearest]}?' if nearest else ''
+
+
+def _check_option(cfg: Config, key: str) -> None:
+    """Refuses an option that names nothing: merging would add it silently."""
+    node: Any = cfg
+    path = key.split('.')
+    for depth, part in enumerate(path):
+        if isinstance(node, list | tuple):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ValueError(f'--cfg-options {key}: {".".join(path[:depth])} is a list of {len(node)} entries')
+            node = node[int(part)]
+            continue
+        if not hasattr(node, 'keys'):
+            return  # a value becomes a dictionary; the type check that follows judges it
+        if part not in node:
+            allowed = set(node) | (_TOP_LEVEL if depth == 0 else set())
+            if part in allowed or 'type' in node:
+                return  # new but known, or judged by the type check
+            nearest = closest(part, allowed)
+            if depth == 0 or nearest:
+                hint = f' Did you mean {nearest}?' if nearest else ''
+                raise ValueError(f'--cfg-options {key}: the config has no {".".join(path[: depth + 1])}.{hint}')
+            return
+        node = node[part]

@@ -1,0 +1,140 @@
+"""Finds misspelt keys: a key of a ``dict(type=...)`` that the class does not take."""
+
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import (
+    DATASETS,
+    HOOKS,
+    METRICS,
+    MODELS,
+    OPTIM_WRAPPERS,
+    TASK_UTILS,
+    TRANSFORMS,
+    Registry,
+)
+
+SECTIONS: dict[str, tuple[Registry, ...]] = {
+    'model': (MODELS, TASK_UTILS),
+    'tta_model': (MODELS,),
+    'train_dataloader': (DATASETS, TRANSFORMS),
+    'val_dataloader': (DATASETS, TRANSFORMS),
+    'test_dataloader': (DATASETS, TRANSFORMS),
+    'val_evaluator': (METRICS,),
+    'test_evaluator': (METRICS,),
+    'default_hooks': (HOOKS,),
+    'custom_hooks': (HOOKS,),
+    'optim_wrapper': (OPTIM_WRAPPERS,),
+}
+
+# Dictionaries whose keys are read by a builder and not by the class that `type` names.
+_BUILDER_READ = {'act_cfg', 'conv_cfg', 'init_cfg', 'norm_cfg', 'roi_layer', 'nms', 'optimizer', 'upsample_cfg'}
+
+# Keys that a builder takes out before it calls the class.
+_BUILDER_KEYS = {'type', '_scope_', '_delete_', 'constructor', 'paramwise_cfg', 'optimizer'}
+
+# Keys of the dictionaries without a type that mmdet and mmseg read with get(): a misspelt one is passed over silently.
+_UNTYPED = {
+    'train_cfg': {'rpn', 'rpn_proposal', 'rcnn', 'assigner', 'sampler', 'allowed_border', 'pos_weight', 'debug'}
+    | {'nms_pre', 'max_per_img', 'nms', 'min_bbox_size', 'mask_size', 'mask_thr_binary'},
+    'test_cfg': {'rpn', 'rcnn', 'nms_pre', 'max_per_img', 'nms', 'min_bbox_size', 'score_thr', 'mask_thr_binary'}
+    | {'mode', 'crop_size', 'stride', 'multi_label', 'panoptic_on', 'semantic_on', 'instance_on'},
+}
+
+
+@dataclass
+class _Lookup:
+    """Finds the class that a type names, as mmengine will when it builds the config."""
+
+    scope: str
+    registries: tuple[Registry, ...]
+
+    def __call__(self, kind: Any) -> Any:
+        if not isinstance(kind, str):
+            return kind
+        for registry in self.registries:
+            with registry.switch_scope_and_registry(self.scope) as scoped:
+                found = scoped.get(kind)
+            if found is not None:
+                return found
+        return None
+
+
+def check_types(cfg: Config) -> None:
+    """Checks the keys of every part of a config that names its class.
+
+    Raises:
+        ValueError: listing each key that its class does not take, with the nearest that it does.
+    """
+    problems: list[str] = []
+    for section, registries in SECTIONS.items():
+        if cfg.get(section) is not None:
+            lookup = _Lookup(cfg.get('default_scope', 'mmengine'), registries)
+            problems += _problems(cfg[section], section, lookup)
+    if problems:
+        raise ValueError('the config has keys that nothing reads:\n  ' + '\n  '.join(problems))
+
+
+def accepted_keys(cls: Any) -> tuple[set[str], bool]:
+    """The keyword arguments of a class.
+
+    Args:
+        cls: a class or function.
+
+    Returns:
+        The names, and whether others are taken as well (``**kwargs`` that no base class narrows down).
+    """
+    names: set[str] = set()
+    for owner in inspect.getmro(cls) if inspect.isclass(cls) else [cls]:
+        init = owner.__dict__.get('__init__') if inspect.isclass(owner) else owner
+        if init is None:
+            continue
+        parameters = inspect.signature(init).parameters.values()
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {'self'}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return names, False
+    return names, True
+
+
+def _problems(node: Any, path: str, lookup: '_Lookup') -> Iterator[str]:
+    if isinstance(node, list | tuple):
+        for i, item in enumerate(node):
+            yield from _problems(item, f'{path}.{i}', lookup)
+        return
+    if not isinstance(node, Mapping):
+        return
+    if 'type' in node:
+        yield from _typed_problems(node, path, lookup)
+    else:
+        yield from _untyped_problems(node, path)
+    for key, value in node.items():
+        if key not in _BUILDER_READ:
+            yield from _problems(value, f'{path}.{key}', lookup)
+
+
+def _typed_problems(node: Mapping[str, Any], path: str, lookup: '_Lookup') -> Iterator[str]:
+    cls = lookup(node['type'])
+    if cls is None:
+        return  # building it will say so
+    names, open_ended = accepted_keys(cls)
+    for key in node:
+        if key in names or key in _BUILDER_KEYS:
+            continue
+        nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.8 if open_ended else 0.6)
+        if nearest:
+            yield f'{path}.{key}: did you mean {nearest[0]}?'
+        elif not open_ended:
+            yield f'{path}.{key}: {cls.__name__} takes {", ".join(sorted(names))}'
+
+
+def _untyped_problems(node: Mapping[str, Any], path: str) -> Iterator[str]:
+    for owner, known in _UNTYPED.items():
+        if f'.{owner}' in path:
+            for key in node:
+                nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+                if key not in known and nearest:
+                    yield f'{path}.{key}: did you mean {nearest[0]}?'

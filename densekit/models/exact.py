@@ -1,0 +1,62 @@
+"""Boxes that keep float32 coordinates under mixed precision.
+
+bfloat16 has 8 significant bits: a coordinate near 1333 pixels moves by up to 4. mmdet 3.3 computes the proposals'
+anchors in the dtype of the RPN's scores and casts boxes to the dtype of the features before pooling, so under bf16
+both are that coarse. In float32 these classes give the same numbers as mmdet's.
+"""
+
+import torch
+from mmdet.models.dense_heads import RPNHead
+from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+from mmengine.registry import MODELS
+from torch import Tensor
+
+
+@MODELS.register_module()
+class ExactRPNHead(RPNHead):
+    """mmdet's RPNHead with float32 outputs, hence float32 anchors, proposals and suppression.
+
+    The arguments are those of mmdet's class.
+    """
+
+    def forward_single(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and offsets of one level.
+
+        Args:
+            x: ``(N, C, H, W)``.
+
+        Returns:
+            Scores ``(N, anchors, H, W)`` and offsets ``(N, anchors * 4, H, W)``, in float32.
+        """
+        scores, offsets = super().forward_single(x)
+        return scores.float(), offsets.float()
+
+
+@MODELS.register_module()
+class ExactRoIExtractor(SingleRoIExtractor):
+    """mmdet's SingleRoIExtractor with float32 boxes and pooling; the result has the dtype of the features.
+
+    The arguments are those of mmdet's class.
+    """
+
+    def forward(self, feats: tuple[Tensor, ...], rois: Tensor, roi_scale_factor: float | None = None) -> Tensor:
+        """Pools each box from the level that fits its size.
+
+        Args:
+            feats: one ``(N, C, H / stride, W / stride)`` per entry of ``featmap_strides``.
+            rois: ``(K, 5)``: index of the image, x1, y1, x2, y2 in pixels of the input.
+            roi_scale_factor: enlarges the boxes about their centres.
+
+        Returns:
+            ``(K, C, output height, output width)``.
+        """
+        rois = rois.float()
+        levels = self.map_roi_levels(rois, len(feats))
+        if roi_scale_factor is not None:
+            rois = self.roi_rescale(rois, roi_scale_factor)
+        pooled = feats[0].new_zeros(len(rois), self.out_channels, *self.roi_layers[0].output_size)
+        for level, (feat, roi_layer) in enumerate(zip(feats, self.roi_layers, strict=True)):
+            # Levels without boxes are pooled too (to nothing): every level stays in the graph, as DDP needs.
+            inside = torch.nonzero(levels == level).squeeze(1)
+            pooled[inside] = roi_layer(feat.float(), rois[inside]).to(pooled.dtype)
+        return pooled

@@ -1,0 +1,64 @@
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import densekit.ops  # noqa: F401  (before a test imports what needs mmcv.ops)
+from backbones import ConvNeXt
+
+MINI = dict(depths=(1, 2, 3, 1), channels=(8, 16, 24, 32))
+
+
+def _randomize(model: nn.Module, seed: int = 0) -> None:
+    """Gives every parameter a value that matters: fan-in weights, scales around 1, shifts around 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        with torch.no_grad():
+            if name.endswith(('bias', 'beta')):
+                parameter.copy_(0.1 * noise)
+            elif parameter.squeeze().ndim <= 1:  # norms, layer scale, GRN
+                parameter.copy_(1 + 0.2 * noise)
+            else:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """These tensors are too small to be shared out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def randomize() -> Callable[..., None]:
+    return _randomize
+
+
+@pytest.fixture
+def mini() -> Callable[..., ConvNeXt]:
+    """Builds a small ConvNeXt with random weights, the same ones each time."""
+
+    def build(**kwargs: Any) -> ConvNeXt:
+        model = ConvNeXt(**{'arch': MINI, 'layer_scale_init_value': 1.0, **kwargs})
+        _randomize(model)
+        return model
+
+    return build
+
+
+@pytest.fixture
+def source(mini: Callable[..., ConvNeXt]) -> ConvNeXt:
+    """Whose weights are loaded."""
+    return mini()
+
+
+@pytest.fixture
+def target() -> ConvNeXt:
+    """Into which weights are loaded."""
+    torch.manual_seed(0)
+    return ConvNeXt(MINI)

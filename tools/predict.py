@@ -1,0 +1,42 @@
+"""Draws what a model finds in images, and writes it as JSON."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from densekit.cli import exit_status
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file that the checkpoint was trained with')
+    parser.add_argument('checkpoint', help='.pth file of the whole model')
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
+    parser.add_argument('--out', required=True, metavar='DIR', help='folder for the pictures and results.json')
+    parser.add_argument('--score-thr', type=float, default=0.3, metavar='S', help='draw boxes from this score on')
+    parser.add_argument('--device', metavar='D', help='such as cpu or cuda:1 (default: the first GPU if there is one)')
+    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='k=v', help='change keys of the config')
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+
+    def action() -> None:
+        from densekit.predictor import predict  # late, so that --help answers at once
+
+        predict(
+            args.config,
+            args.checkpoint,
+            args.images,
+            out=args.out,
+            score_thr=args.score_thr,
+            device=args.device,
+            options=args.cfg_options,
+        )
+
+    return exit_status(action)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""Evaluates a checkpoint: box and mask AP, or mIoU."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from densekit.cli import exit_status
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file that the checkpoint was trained with')
+    parser.add_argument('checkpoint', help='.pth file of the whole model')
+    parser.add_argument('--tta', action='store_true', help='several scales and flips (segmentation)')
+    parser.add_argument('--out', metavar='FILE', help='write the metrics as JSON')
+    parser.add_argument('--work-dir', metavar='D', help='logs (default: work_dirs/NAME OF THE CONFIG)')
+    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='k=v', help='change keys of the config')
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+
+    def action() -> None:
+        from densekit.engine.launch import test  # late, so that --help answers at once
+
+        test(
+            args.config,
+            args.checkpoint,
+            tta=args.tta,
+            out=args.out,
+            work_dir=args.work_dir,
+            options=args.cfg_options,
+        )
+
+    return exit_status(action)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Trains a recipe on CPU, on one GPU, or below torchrun or srun on many."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from densekit.cli import exit_status
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file, e.g. configs/detection/cascade_convnext_t_coco.py')
+    parser.add_argument('--work-dir', metavar='D', help='logs and checkpoints (default: work_dirs/NAME OF THE CONFIG)')
+    parser.add_argument('--load-from', metavar='CKPT', help='start a new run from the weights of a whole model')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='',
+        metavar='auto|CKPT',
+        help='go on from the newest checkpoint of the work folder; --resume=auto starts afresh if there is none; '
+        '--resume=CKPT goes on from that one',
+    )
+    parser.add_argument('--amp', choices=('bf16', 'fp16', 'off'), help='precision (default: as in the config)')
+    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='k=v', help='change keys of the config')
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+
+    def action() -> None:
+        from densekit.engine.launch import train  # late, so that --help answers at once
+
+        train(
+            args.config,
+            work_dir=args.work_dir,
+            load_from=args.load_from,
+            resume=args.resume,
+            amp=args.amp,
+            options=args.cfg_options,
+        )
+
+    return exit_status(action)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
