@@ -41,6 +41,8 @@ setup(
         'torchvision>=0.21',
         'timm>=1.0.15',
         'numpy',
+        'safetensors',
+        'pillow>=10.1',  # a scalable default font for the pictures
         'pycocotools>=2.0.8',
     ],
     extras_require={'lite': LITE, 'dev': DEV},

@@ -160,13 +160,13 @@ def _true_instances(image: Any, coco: Any, image_id: int, detector: Any) -> Any:
 
 
 def _true_labels(image: Any, data_root: Path, image_id: int, segmentor: Any) -> Any:
-    import cv2
     import numpy as np
+    from PIL import Image
 
     from densekit.report.pictures import draw_label_map
 
     path = data_root / 'ade/annotations/validation' / f'ADE_val_{image_id:08d}.png'
-    labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED).astype(np.int64)
+    labels = np.array(Image.open(path)).astype(np.int64)
     shifted = np.where(labels == 0, 255, labels - 1)  # 0 is ignored
     return draw_label_map(image, shifted, classes=segmentor.classes, palette=segmentor.palette)
 
