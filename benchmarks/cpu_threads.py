@@ -30,7 +30,10 @@ def seconds_per_step(setting: dict[str, str]) -> float:
         options = [f'train_cfg.max_iters={STEPS}', 'train_cfg.val_interval=1000', 'default_hooks.logger.interval=1']
         options += ['log_processor.window_size=1']
         # tools/train.py chooses a setting itself; calling what it calls leaves the choice to us.
-        code = 'import sys; from densekit.engine.launch import train; train(*sys.argv[1:2], work_dir=sys.argv[2], options=sys.argv[3:])'
+        code = (
+            'import sys; from densekit.engine.launch import train; '
+            'train(sys.argv[1], work_dir=sys.argv[2], options=sys.argv[3:])'
+        )
         command = [sys.executable, '-c', code, CONFIG, work_dir, *options]
         env = {key: value for key, value in os.environ.items() if key not in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')}
         subprocess.run(

@@ -19,7 +19,7 @@ NUM_PICTURED = 5
 
 
 def main() -> int:
-    """Runs the demo.
+    """Runs the demo from the folder of a checkout.
 
     Returns:
         0, or 1 if a step failed.
@@ -69,8 +69,12 @@ def _run(tool: str, *arguments: str) -> None:
             shown = _shown(line)
             if shown:
                 print('  ' + shown, flush=True)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
+    _check_status(command, process.returncode)
+
+
+def _check_status(command: list[str], status: int) -> None:
+    if status:
+        raise subprocess.CalledProcessError(status, command)
 
 
 def _env() -> dict[str, str]:
