@@ -2,14 +2,16 @@
 
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 USER_ERROR_STATUS = 2
 
 # What mmengine, mmdet and mmseg raise while they build things from a config that cannot be built.
-_BUILD_ERRORS = (ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError, OSError, SyntaxError)
+_BUILD_ERRORS = (TypeError, KeyError, AttributeError, AssertionError, IndexError)
 
 
 class UserError(Exception):
@@ -21,9 +23,13 @@ def user_errors() -> Iterator[None]:
     """Within this context, errors come from what the user gave: arguments, config, weights, data."""
     try:
         yield
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(str(error) or type(error).__name__) from error
     except _BUILD_ERRORS as error:
-        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        raise UserError(text or type(error).__name__) from error
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise UserError(
+            f'{type(error).__name__}: {text}\nDENSEKIT_TRACEBACK=1 before the command shows where.'
+        ) from error
 
 
 def exit_status(action: Callable[[], object]) -> int:
@@ -41,9 +47,34 @@ def exit_status(action: Callable[[], object]) -> int:
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     try:
         action()
-    except UserError as error:
+    except (UserError, ImportError) as error:
         if os.environ.get('DENSEKIT_TRACEBACK') == '1':
             traceback.print_exc()
+        sys.stdout.flush()  # the log first, then the message
         sys.stderr.write(f'error: {error}\n')
+        if isinstance(error, ImportError):
+            sys.stderr.write('`python -m densekit.doctor` shows what is installed and what is missing.\n')
         return USER_ERROR_STATUS
     return 0
+
+
+def check_writable(folder: str, argument: str) -> None:
+    """Checks that a folder can be written, or made, before work is done that it is to hold.
+
+    Args:
+        folder: path; nothing is made.
+        argument: of the command, for the message.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f'folder {folder} cannot be written ({existing}: {error.strerror}); give another one: {argument} FOLDER'
+        ) from error

@@ -13,10 +13,10 @@ from mmengine.dataset import Compose
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from pycocotools import mask as rle
 
-from backbones.checkpoint import read_checkpoint, state_dict_of
-from densekit.cli import UserError, user_errors
+from backbones.checkpoint import read_checkpoint
+from densekit.cli import UserError, check_writable, user_errors
 from densekit.engine.config import load_config
-from densekit.engine.runner import check_fit
+from densekit.engine.weights import fitting_weights
 from densekit.report.pictures import draw_instances, draw_label_map, read_image, save_png
 
 
@@ -56,16 +56,13 @@ class Predictor:
     """
 
     def __init__(self, config: str, checkpoint: str, *, device: str | None = None, options: Sequence[str] = ()) -> None:
+        where = _device(device)
         cfg = load_config(config, options)
         init_default_scope(cfg.get('default_scope', 'mmengine'))
-        # The weights come from the checkpoint; those that training started from are not needed.
-        cfg.model.backbone.pop('init_cfg', None)
-        model = MODELS.build(cfg.model)
+        model = MODELS.build(cfg.model)  # its init_cfg is not used: the weights come from the checkpoint
         content = read_checkpoint(checkpoint)
-        weights = state_dict_of(content)
-        check_fit(checkpoint, weights, model)
-        model.load_state_dict(weights)
-        self.model = model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')).eval()
+        model.load_state_dict(fitting_weights(checkpoint, content, model))
+        self.model = model.to(where).eval()
         self.classes, self.palette = _classes_and_palette(cfg, content)
         self.pipeline = Compose(_array_pipeline(cfg.test_dataloader.dataset.pipeline))
 
@@ -116,8 +113,8 @@ def predict(
             before the error is raised.
     """
     with user_errors():
+        check_writable(out, '--out')
         predictor = Predictor(config, checkpoint, device=device, options=options)
-        Path(out).mkdir(parents=True, exist_ok=True)
     results, unreadable = [], []
     for path, picture_name in zip(images, _picture_names(images), strict=True):
         try:
@@ -126,10 +123,10 @@ def predict(
             unreadable.append(str(error))
             continue
         found = predictor(image)
-        with user_errors():
-            save_png(Path(out, picture_name), draw(image, found, predictor, score_thr))
+        save_png(Path(out, picture_name), draw(image, found, predictor, score_thr))
         results.append({'image': path, 'picture': picture_name, **_as_json(found, predictor.classes)})
-    Path(out, 'results.json').write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
+    if results:
+        Path(out, 'results.json').write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
     if unreadable:
         done = f'The other {len(results)} are in {out}.' if results else 'Nothing was predicted.'
         raise UserError(
@@ -163,9 +160,21 @@ def draw(image: np.ndarray, found: Detections | np.ndarray, predictor: Predictor
     )
 
 
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        known = ', '.join(['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))])
+        raise ValueError(f'device {name} cannot be used; this machine has {known}') from error
+    return device
+
+
 def _array_pipeline(pipeline: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The test pipeline for an image in memory, without its annotations."""
-    steps = [dict(step) for step in pipeline if not str(step['type']).endswith('LoadAnnotations')]
+    steps = [dict(step) for step in pipeline if not str(step['type']).endswith('Annotations')]
     if not str(steps[0]['type']).endswith('LoadImageFromFile'):
         raise ValueError(f'the test pipeline begins with {steps[0]["type"]}; expected LoadImageFromFile')
     scope = str(steps[0]['type']).rpartition('.')[0]
@@ -181,6 +190,8 @@ def _classes_and_palette(cfg: Config, content: dict[str, Any]) -> tuple[list[str
         with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
             meta = {**getattr(registry.get(dataset.type), 'METAINFO', {}), **dataset.get('metainfo', {})}
     classes = list(meta.get('classes') or [])
+    if not classes:
+        raise ValueError('neither the checkpoint nor the data set of test_dataloader names the classes (metainfo)')
     palette = list(meta.get('palette') or [])
     if len(palette) < len(classes):
         # As many different colours as are missing, the same ones every time.

@@ -8,7 +8,9 @@ from densekit.cli import exit_status
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        usage='%(prog)s CONFIG CHECKPOINT IMAGE... --out DIR [options]', description=__doc__
+    )
     parser.add_argument('config', help='config file that the checkpoint was trained with')
     parser.add_argument('checkpoint', help='.pth file of the whole model')
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files')

@@ -8,7 +8,7 @@ from densekit.cli import exit_status
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(usage='%(prog)s CONFIG CHECKPOINT [options]', description=__doc__)
     parser.add_argument('config', help='config file that the checkpoint was trained with')
     parser.add_argument('checkpoint', help='.pth file of the whole model')
     parser.add_argument('--tta', action='store_true', help='several scales and flips (segmentation)')

@@ -8,7 +8,7 @@ from densekit.cli import exit_status
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(usage='%(prog)s CONFIG [options]', description=__doc__)
     parser.add_argument('config', help='config file, e.g. configs/detection/cascade_convnext_t_coco.py')
     parser.add_argument('--work-dir', metavar='D', help='logs and checkpoints (default: work_dirs/NAME OF THE CONFIG)')
     parser.add_argument('--load-from', metavar='CKPT', help='start a new run from the weights of a whole model')
@@ -21,6 +21,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         '--resume=CKPT goes on from that one',
     )
     parser.add_argument('--amp', choices=('bf16', 'fp16', 'off'), help='precision (default: as in the config)')
+    parser.add_argument('--dry-run', action='store_true', help='build and check all that training needs, then stop')
     parser.add_argument('--cfg-options', nargs='+', default=[], metavar='k=v', help='change keys of the config')
     return parser.parse_args(argv)
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             load_from=args.load_from,
             resume=args.resume,
             amp=args.amp,
+            dry_run=args.dry_run,
             options=args.cfg_options,
         )
 

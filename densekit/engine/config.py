@@ -2,10 +2,12 @@
 
 import difflib
 import inspect
+import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
@@ -39,14 +41,11 @@ def load_config(path: str, options: Sequence[str] = ()) -> Config:
 
     Raises:
         FileNotFoundError: if there is no such file; the message names the nearest.
-        ValueError: if a key is misspelt or a text is no option.
+        ValueError: if a key is misspelt, a text is no option, or the file cannot be run.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'config {path} does not exist.{_nearest_config(path)}')
-    cfg = Config.fromfile(path)
-    if 'model' not in cfg:
-        raise ValueError(f'config {path} has no model; give a file of configs/detection or configs/segmentation')
     parsed = parse_options(options)
+    cfg = _read(path)
+    _check_top_level(cfg)
     for key in parsed:
         _check_option(cfg, key)
     try:
@@ -83,8 +82,10 @@ def set_amp(cfg: Config, amp: str) -> None:
         amp: 'bf16', 'fp16' (with mmengine's loss scaler, on a GPU) or 'off' (float32).
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: if it is none of these, or fp16 without a GPU.
     """
+    if amp == 'fp16' and not torch.cuda.is_available():
+        raise ValueError('--amp fp16 needs a GPU, which its loss scaler runs on; choose bf16 or off')
     wrapper = cfg.optim_wrapper
     for key in ('type', 'dtype', 'loss_scale'):
         wrapper.pop(key, None)
@@ -102,6 +103,39 @@ def closest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The word most like ``word``, or None if none is."""
     found = difflib.get_close_matches(word, list(words), n=1, cutoff=cutoff)
     return found[0] if found else None
+
+
+def _read(path: str) -> Config:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'config {path} does not exist.{_nearest_config(path)}')
+    if not path.endswith('.py'):
+        raise ValueError(f'config {path} is no .py file; give one of configs/detection or configs/segmentation')
+    try:
+        cfg = Config.fromfile(path)
+    except Exception as error:  # the file is code, and may raise anything
+        raise ValueError(f'config {path} cannot be read: {_what_and_where(error)}') from error
+    if 'model' not in cfg:
+        raise ValueError(f'config {path} has no model; give a file of configs/detection or configs/segmentation')
+    return cfg
+
+
+def _what_and_where(error: Exception) -> str:
+    if isinstance(error, SyntaxError):  # mmengine parses without telling Python the file
+        text = (error.text or '').strip()
+        return f'it, or a file in its _base_, has a mistake in line {error.lineno}: {error.msg}: {text}'
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f'{error.filename}, which it names, does not exist'
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f'{last.filename}, line {last.lineno}: {type(error).__name__}: {error}'
+
+
+def _check_top_level(cfg: Config) -> None:
+    """Refuses a name that is nearly one of mmengine's: nothing would read it, and nothing would say so."""
+    for key in cfg:
+        # A config may have variables of its own, as alike as test_pipeline and tta_pipeline (0.88).
+        nearest = None if key in _TOP_LEVEL else closest(key, _TOP_LEVEL, cutoff=0.93)
+        if nearest:
+            raise ValueError(f'the config has {key}, which nothing reads. Did you mean {nearest}?')
 
 
 def _nearest_config(path: str) -> str:

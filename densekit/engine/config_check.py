@@ -10,9 +10,12 @@ from mmengine.config import Config
 from mmengine.registry import (
     DATASETS,
     HOOKS,
+    LOOPS,
     METRICS,
     MODELS,
     OPTIM_WRAPPERS,
+    OPTIMIZERS,
+    PARAM_SCHEDULERS,
     TASK_UTILS,
     TRANSFORMS,
     Registry,
@@ -29,20 +32,32 @@ SECTIONS: dict[str, tuple[Registry, ...]] = {
     'default_hooks': (HOOKS,),
     'custom_hooks': (HOOKS,),
     'optim_wrapper': (OPTIM_WRAPPERS,),
+    'param_scheduler': (PARAM_SCHEDULERS,),
+    'train_cfg': (LOOPS,),
+    'val_cfg': (LOOPS,),
+    'test_cfg': (LOOPS,),
 }
 
 # Dictionaries whose keys are read by a builder and not by the class that `type` names.
-_BUILDER_READ = {'act_cfg', 'conv_cfg', 'init_cfg', 'norm_cfg', 'roi_layer', 'nms', 'optimizer', 'upsample_cfg'}
+_BUILDER_READ = {'act_cfg', 'conv_cfg', 'dcn', 'init_cfg', 'nms', 'norm_cfg', 'optimizer', 'roi_layer', 'upsample_cfg'}
 
 # Keys that a builder takes out before it calls the class.
-_BUILDER_KEYS = {'type', '_scope_', '_delete_', 'constructor', 'paramwise_cfg', 'optimizer'}
+_BUILDER_KEYS = {
+    *('type', '_scope_', '_delete_'),
+    *('constructor', 'paramwise_cfg', 'optimizer'),  # of an optimizer wrapper
+    'priority',  # of a hook
+    'convert_to_iter_based',  # of a scheduler
+    'bg_cls_weight',  # of the loss of a DETR head
+}
 
 # Keys of the dictionaries without a type that mmdet and mmseg read with get(): a misspelt one is passed over silently.
 _UNTYPED = {
     'train_cfg': {'rpn', 'rpn_proposal', 'rcnn', 'assigner', 'sampler', 'allowed_border', 'pos_weight', 'debug'}
-    | {'nms_pre', 'max_per_img', 'nms', 'min_bbox_size', 'mask_size', 'mask_thr_binary'},
+    | {'nms_pre', 'max_per_img', 'nms', 'min_bbox_size', 'mask_size', 'mask_thr_binary'}
+    | {'cls_assigner', 'reg_assigner', 'ga_assigner', 'ga_sampler'},
     'test_cfg': {'rpn', 'rcnn', 'nms_pre', 'max_per_img', 'nms', 'min_bbox_size', 'score_thr', 'mask_thr_binary'}
-    | {'mode', 'crop_size', 'stride', 'multi_label', 'panoptic_on', 'semantic_on', 'instance_on'},
+    | {'mode', 'crop_size', 'stride', 'multi_label', 'panoptic_on', 'semantic_on', 'instance_on'}
+    | {'max_per_image', 'panoptic'},
 }
 
 
@@ -75,6 +90,7 @@ def check_types(cfg: Config) -> None:
         if cfg.get(section) is not None:
             lookup = _Lookup(cfg.get('default_scope', 'mmengine'), registries)
             problems += _problems(cfg[section], section, lookup)
+    problems += _optimizer_problems(cfg)
     if problems:
         raise ValueError('the config has keys that nothing reads:\n  ' + '\n  '.join(problems))
 
@@ -86,16 +102,15 @@ def accepted_keys(cls: Any) -> tuple[set[str], bool]:
         cls: a class or function.
 
     Returns:
-        The names, and whether others are taken as well (``**kwargs`` that no base class narrows down).
+        The names, those of the base classes as well if the class has ``**kwargs``, and whether it has.
     """
     names: set[str] = set()
-    for owner in inspect.getmro(cls) if inspect.isclass(cls) else [cls]:
-        init = owner.__dict__.get('__init__') if inspect.isclass(owner) else owner
-        if init is None:
-            continue
+    owners = inspect.getmro(cls)[:-1] if inspect.isclass(cls) else [cls]  # without object
+    inits = [owner.__dict__.get('__init__') if inspect.isclass(owner) else owner for owner in owners]
+    for depth, init in enumerate(init for init in inits if init is not None):
         parameters = inspect.signature(init).parameters.values()
         names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {'self'}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        if depth == 0 and not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return names, False
     return names, True
 
@@ -124,11 +139,22 @@ def _typed_problems(node: Mapping[str, Any], path: str, lookup: '_Lookup') -> It
     for key in node:
         if key in names or key in _BUILDER_KEYS:
             continue
-        nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.8 if open_ended else 0.6)
+        # What becomes of **kwargs only building can tell; here only what is nearly a known name is a mistake.
+        nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.85 if open_ended else 0.6)
         if nearest:
             yield f'{path}.{key}: did you mean {nearest[0]}?'
         elif not open_ended:
             yield f'{path}.{key}: {cls.__name__} takes {", ".join(sorted(names))}'
+
+
+def _optimizer_problems(cfg: Config) -> Iterator[str]:
+    """An unknown optimizer, which mmengine reports as "None is not a callable object"."""
+    kind = (cfg.get('optim_wrapper') or {}).get('optimizer', {}).get('type')
+    lookup = _Lookup(cfg.get('default_scope', 'mmengine'), (OPTIMIZERS,))
+    if isinstance(kind, str) and lookup(kind) is None:
+        nearest = difflib.get_close_matches(kind, OPTIMIZERS.module_dict, n=1)
+        hint = f' Did you mean {nearest[0]}?' if nearest else ''
+        yield f'optim_wrapper.optimizer.type: there is no optimizer {kind}.{hint}'
 
 
 def _untyped_problems(node: Mapping[str, Any], path: str) -> Iterator[str]:

@@ -1,20 +1,18 @@
 """What tools/train.py and tools/test.py do."""
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS, init_default_scope
 
-from densekit.cli import user_errors
+from densekit.cli import check_writable, user_errors
 from densekit.engine.config import load_config, set_amp
-from densekit.engine.distributed import prepare_launcher
+from densekit.engine.distributed import end_process_group, prepare_launcher
+from densekit.engine.runner import DensekitRunner
 from densekit.report.tables import metrics_table
 
 
@@ -25,6 +23,7 @@ def train(
     load_from: str | None = None,
     resume: str | None = None,
     amp: str | None = None,
+    dry_run: bool = False,
     options: Sequence[str] = (),
 ) -> None:
     """Trains and validates a recipe.
@@ -36,28 +35,37 @@ def train(
         resume: '' to go on from the newest checkpoint in the work folder, 'auto' the same but from the start if there
             is none, else the checkpoint to go on from.
         amp: 'bf16', 'fp16' or 'off'; default as in the config.
+        dry_run: stop when all that training needs is built and checked.
         options: ``key=value`` texts that change the config.
 
     Raises:
         UserError: if something given cannot be used.
     """
     with user_errors():
-        cfg = load_config(config, options)
-        if work_dir is not None:
-            cfg.work_dir = work_dir
-        if amp is not None:
-            set_amp(cfg, amp)
         if load_from is not None and resume is not None:
             raise ValueError('--load-from starts a new run and --resume goes on with one; give one of them')
-        _check_writable(cfg.work_dir)
+        cfg = _load(config, options, work_dir)
+        if amp is not None:
+            set_amp(cfg, amp)
         if load_from is not None:
-            cfg.load_from = load_from
+            cfg.load_from, cfg.resume = load_from, False
+        elif resume is None and cfg.get('resume') and not cfg.get('load_from'):
+            resume = 'auto'  # what these keys of a config mean to mmengine
         if resume is not None:
-            cfg.load_from = _checkpoint_to_resume(cfg.work_dir, resume)
-            cfg.resume = cfg.load_from is not None
+            checkpoint = latest_checkpoint(cfg.work_dir) if resume in ('', 'auto') else resume
+            cfg.load_from, cfg.resume = checkpoint or cfg.get('load_from'), checkpoint is not None
         runner = _build_runner(cfg)
+        if resume == '' and not cfg.resume:
+            raise ValueError(
+                f'--resume: no checkpoint in {cfg.work_dir}. Give --work-dir of the run, --resume=CHECKPOINT, or '
+                '--resume=auto to start from the beginning when there is none.'
+            )
         runner.prepare('train', 'val')
-    runner.train()
+    if dry_run:
+        print_log('Model, weights and data are in order; this is a dry run and ends here.', logger='current')
+    else:
+        runner.train()
+    end_process_group()
 
 
 def test(
@@ -86,22 +94,20 @@ def test(
         UserError: if something given cannot be used.
     """
     with user_errors():
-        cfg = load_config(config, options)
-        if work_dir is not None:
-            cfg.work_dir = work_dir
-        _check_writable(cfg.work_dir)
         if out is not None:
-            _check_writable(str(Path(out).parent))
-        cfg.load_from = checkpoint
-        cfg.resume = False
+            _check_file(out)
+        cfg = _load(config, options, work_dir)
+        cfg.load_from, cfg.resume = checkpoint, False
         if tta:
             _use_tta(cfg)
         runner = _build_runner(cfg)
         runner.prepare('test')
-    metrics = runner.test()
+    metrics = {name: float(value) for name, value in runner.test().items()}  # mmseg's are NumPy scalars
     print_log(f'results of {checkpoint}\n{metrics_table(metrics)}', logger='current')
     if out is not None and runner.rank == 0:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text(json.dumps(metrics, indent=2, sort_keys=True) + '\n', encoding='utf-8')
+    end_process_group()
     return metrics
 
 
@@ -131,33 +137,29 @@ def latest_checkpoint(work_dir: str) -> str | None:
     return str(numbered[max(numbered)]) if numbered else None
 
 
-def _build_runner(cfg: Config) -> Any:
+def _load(config: str, options: Sequence[str], work_dir: str | None) -> Config:
+    if work_dir is not None:
+        check_writable(work_dir, '--work-dir')
+    cfg = load_config(config, options)
+    if work_dir is not None:
+        cfg.work_dir = work_dir
+    check_writable(cfg.work_dir, '--work-dir')
+    return cfg
+
+
+def _build_runner(cfg: Config) -> DensekitRunner:
     cfg.launcher = prepare_launcher()
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    return RUNNERS.build(cfg)
+    runner = RUNNERS.get(cfg.runner_type)
+    if runner is None or not issubclass(runner, DensekitRunner):
+        raise ValueError(f'runner_type is {cfg.runner_type!r} in this config; only DensekitRunner can be used here')
+    return runner.from_cfg(cfg)
 
 
-def _checkpoint_to_resume(work_dir: str, resume: str) -> str | None:
-    if resume not in ('', 'auto'):
-        return resume
-    found = latest_checkpoint(work_dir)
-    if found is None and resume == '':
-        raise ValueError(
-            f'--resume: no checkpoint in {work_dir}. Give --work-dir of the run, --resume=CHECKPOINT, or --resume=auto '
-            'to start from the beginning when there is none.'
-        )
-    return found
-
-
-def _check_writable(folder: str) -> None:
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f'folder {folder} cannot be written ({error.strerror}); give another one (--work-dir, --out)'
-        ) from error
+def _check_file(path: str) -> None:
+    if Path(path).is_dir():
+        raise ValueError(f'--out {path} is a folder; give the name of a file for the metrics')
+    check_writable(str(Path(path).parent), '--out')
 
 
 def _use_tta(cfg: Config) -> None:

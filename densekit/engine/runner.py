@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from mmengine.device import get_device
 from mmengine.dist import is_distributed
 from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
@@ -11,9 +12,12 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
-from backbones.checkpoint import read_checkpoint, state_dict_of
+from backbones.checkpoint import read_checkpoint
 from densekit.data.locate import check_dataset_files
 from densekit.engine.distributed import init_cpu_process_group
+from densekit.engine.weights import check_resumable, fitting_weights
+
+_ALONE = 'a single process has nothing to synchronize with'
 
 
 @RUNNERS.register_module()
@@ -29,6 +33,8 @@ class DensekitRunner(Runner):
     - a learning rate made for another global batch is pointed out.
     """
 
+    optim_wrapper: Any  # a config until prepare() builds it
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._prepared: set[str] = set()
         self._weights_initialized = False
@@ -42,36 +48,55 @@ class DensekitRunner(Runner):
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Moves the model to its device and wraps it for several processes."""
-        if self.distributed and not is_model_wrapper(model):
-            backend = dist.get_backend()
-            if backend == 'gloo' or self.world_size == 1:
-                model = self._without_sync_bn(model, 'one process' if self.world_size == 1 else 'the gloo backend')
-            if not torch.cuda.is_available():
-                model_wrapper_cfg = {
-                    'type': 'MMDistributedDataParallel',
-                    'broadcast_buffers': False,
-                    'find_unused_parameters': self.cfg.get('find_unused_parameters', False),
-                    'device_ids': None,  # mmengine's default is the local GPU's
-                    **(model_wrapper_cfg or {}),
-                }
+        if is_model_wrapper(model):
+            return super().wrap_model(model_wrapper_cfg, model)
+        if not self.distributed:
+            return self._without_sync_bn(model.to(get_device()), _ALONE)
+        if self.world_size == 1 or dist.get_backend() == 'gloo':
+            model = self._without_sync_bn(model, _ALONE if self.world_size == 1 else 'gloo cannot synchronize them')
+            self.cfg.sync_bn = None  # mmengine would turn them back
+        if not torch.cuda.is_available():
+            model_wrapper_cfg = {
+                'type': 'MMDistributedDataParallel',
+                'broadcast_buffers': False,
+                'find_unused_parameters': self.cfg.get('find_unused_parameters', False),
+                'device_ids': None,  # mmengine's default is the local GPU's
+                **(model_wrapper_cfg or {}),
+            }
         return super().wrap_model(model_wrapper_cfg, model)
 
+    def get_hooks_info(self) -> str:
+        """The hooks in one line; mmengine's page of them is in the way of what follows."""
+        return ', '.join(type(hook).__name__ for hook in self._hooks)
+
     def prepare(self, *loops: str) -> None:
-        """Finds a wrong checkpoint or a missing folder before minutes are spent on indexing annotations.
+        """Builds all that a run needs, in the order optimizer, weights, data, so that mistakes show in that order.
+
+        A wrong checkpoint or a missing folder is found before minutes are spent on indexing annotations.
 
         Args:
             *loops: which of 'train', 'val' and 'test' are about to run.
 
         Raises:
             FileNotFoundError: if a checkpoint or something of a data set is missing.
-            ValueError: if weights do not fit.
+            ValueError: if weights do not fit, or a run cannot go on from the checkpoint.
         """
         if self._prepared.issuperset(loops):
             return
+        training = 'train' in loops
+        if training:
+            self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
         self._init_model_weights()
         if self._load_from is not None and not self._has_loaded:
-            self._fitting_weights(self._load_from, read_checkpoint(self._load_from))
+            checkpoint = read_checkpoint(self._load_from)
+            fitting_weights(self._load_from, checkpoint, self._bare_model())
+            if training and self._resume:
+                check_resumable(self._load_from, checkpoint, self.optim_wrapper)
         check_dataset_files(self.cfg, loops)
+        for loop in loops:
+            getattr(self, f'{loop}_loop')  # builds it, with its data sets
+        if not self._prepared:
+            super()._log_env(self._env_cfg)
         self._prepared.update(loops)
 
     def train(self) -> nn.Module:
@@ -111,21 +136,30 @@ class DensekitRunner(Runner):
         # mmengine's resume executes this text as Python; densekit does not run what a checkpoint says.
         checkpoint.get('meta', {}).pop('config', None)
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
-        self._bare_model().load_state_dict(self._fitting_weights(filename, checkpoint))
+        model = self._bare_model()
+        model.load_state_dict(fitting_weights(filename, checkpoint, model))
         self._has_loaded = True
         self.logger.info(f'Loaded every weight of the model from {filename}')
         return checkpoint
 
     def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
-        """Scales the learning rate to the global batch if asked to, and says so if it ought to be."""
-        super().scale_lr(optim_wrapper, auto_scale_lr)
-        if not auto_scale_lr or auto_scale_lr.get('enable', False):
+        """Scales the learning rate to the global batch if asked to, and says so if it ought to be.
+
+        Unlike mmengine's, counts the batches whose gradients are accumulated.
+        """
+        if not auto_scale_lr or 'base_batch_size' not in auto_scale_lr:
             return
         batch, recipe = self._global_batch(optim_wrapper), auto_scale_lr['base_batch_size']
-        if batch != recipe:
+        if batch == recipe:
+            return
+        said = f'The global batch is {batch} and the recipe was made for {recipe}'
+        if auto_scale_lr.get('enable', False):
+            self.logger.info(f'{said}: the learning rate is multiplied by {batch / recipe:.3g}.')
+            for group in optim_wrapper.optimizer.param_groups:
+                group['lr'] *= batch / recipe
+        else:
             self.logger.warning(
-                f'The global batch is {batch} and the recipe was made for {recipe}: by the linear rule the learning '
-                f'rate is {recipe / batch:.3g} x what it should be. '
+                f'{said}: by the linear rule the learning rate is {recipe / batch:.3g} x what it should be. '
                 '--cfg-options auto_scale_lr.enable=True scales it.'
             )
 
@@ -133,6 +167,9 @@ class DensekitRunner(Runner):
         loader = self._train_dataloader
         per_process = loader['batch_size'] if isinstance(loader, dict) else loader.batch_size
         return per_process * self.world_size * getattr(optim_wrapper, '_accumulative_counts', 1)
+
+    def _log_env(self, env_cfg: dict) -> None:
+        self._env_cfg = env_cfg  # logged once all is built: pages of it would bury the message of a mistake
 
     def _init_model_weights(self) -> None:
         # Weights that a checkpoint is about to replace need no initialization, nor a download for it.
@@ -146,46 +183,9 @@ class DensekitRunner(Runner):
             model = model.module
         return model
 
-    def _fitting_weights(self, filename: str, checkpoint: dict) -> dict[str, torch.Tensor]:
-        try:
-            weights = state_dict_of(checkpoint)
-        except ValueError as error:
-            raise ValueError(f'checkpoint {filename}: {error}') from error
-        check_fit(filename, weights, self._bare_model())
-        return weights
-
     def _without_sync_bn(self, model: nn.Module, reason: str) -> nn.Module:
         count = sum(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
         if count:
-            self.logger.info(f'{count} SyncBN layers become BN: {reason} cannot synchronize statistics')
+            self.logger.info(f'{count} SyncBN layers become BN: {reason}')
             model = revert_sync_batchnorm(model)
         return model
-
-
-def check_fit(filename: str, weights: dict[str, torch.Tensor], model: nn.Module) -> None:
-    """Compares the weights of a whole detector or segmentor with a model.
-
-    Raises:
-        ValueError: if a key is missing, unknown or of another shape; the message lists the first few of each.
-    """
-    own = model.state_dict()
-    misfits = {
-        'of another shape (file, model)': [
-            f'{key} {tuple(value.shape)} for {tuple(own[key].shape)}'
-            for key, value in weights.items()
-            if key in own and value.shape != own[key].shape
-        ],
-        'missing in the file': [key for key in own if key not in weights],
-        'unknown to the model': [key for key in weights if key not in own],
-    }
-    if any(misfits.values()):
-        lines = [f'checkpoint {filename} does not fit the {type(model).__name__} of this config; nothing was loaded.']
-        for what, keys in misfits.items():
-            if keys:
-                more = f' and {len(keys) - 5} more' if len(keys) > 5 else ''
-                lines.append(f'  {len(keys)} {what}: {", ".join(keys[:5])}{more}')
-        lines.append(
-            'Give the config that the checkpoint was trained with. (Weights of a backbone alone belong into '
-            'model.backbone.init_cfg.)'
-        )
-        raise ValueError('\n'.join(lines))

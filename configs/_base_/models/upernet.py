@@ -5,7 +5,6 @@ facebookresearch/ConvNeXt at 048efce, semantic_segmentation/configs/_base_/model
 
 num_classes = 150
 norm_cfg = dict(type='SyncBN', requires_grad=True)
-crop_size = (512, 512)
 
 model = dict(
     type='EncoderDecoder',
@@ -16,7 +15,7 @@ model = dict(
         bgr_to_rgb=True,
         pad_val=0,
         seg_pad_val=255,
-        size=crop_size,
+        size=(512, 512),
     ),
     backbone=dict(
         type='ConvNeXt',
@@ -52,5 +51,5 @@ model = dict(
         loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4),
     ),
     train_cfg=dict(),
-    test_cfg=dict(mode='slide', crop_size=crop_size, stride=(341, 341)),  # windows overlap by a third
+    test_cfg=dict(mode='slide', crop_size=(512, 512), stride=(341, 341)),  # windows overlap by a third
 )
