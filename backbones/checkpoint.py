@@ -5,11 +5,14 @@ mmengine's ``Pretrained`` initializer loads with ``strict=False``: weights under
 accounted for, or loading raises.
 """
 
+import hashlib
+import importlib
 import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,8 @@ def _statistic_of_history(owner: Any, name: Any) -> Any:
     return getattr(owner, name)
 
 
+_MULTIARRAY = importlib.import_module('numpy._core.multiarray' if find_spec('numpy._core') else 'numpy.core.multiarray')
+
 # What mmengine's own checkpoints hold besides tensors and plain Python: loss histories as NumPy arrays. None of these
 # can run code of the file. Files written under NumPy 1 name the same functions numpy.core instead of numpy._core.
 _SAFE_GLOBALS: list[Any] = [
@@ -67,7 +72,7 @@ _SAFE_GLOBALS: list[Any] = [
     np.dtype,
     *{type(np.dtype(code)) for code in np.typecodes['AllInteger'] + np.typecodes['Float'] + '?'},
     *(
-        (getattr(np._core.multiarray, name), f'{module}.multiarray.{name}')  # type: ignore[attr-defined]
+        (getattr(_MULTIARRAY, name), f'{module}.multiarray.{name}')
         for module in ('numpy._core', 'numpy.core')
         for name in ('_reconstruct', 'scalar')
     ),
@@ -127,10 +132,12 @@ def read_checkpoint(checkpoint: str | os.PathLike[str], map_location: Any = 'cpu
             f'tensors and plain data are accepted. If you trust it, load it yourself and save its state_dict alone. '
             f'({_first_line(error)})'
         ) from error
+    except (MemoryError, PermissionError, torch.OutOfMemoryError):
+        raise  # nothing is wrong with the file
     except Exception as error:  # a damaged file fails wherever its bytes happen to lead: IndexError, TypeError, ...
         raise ValueError(
-            f'checkpoint {name} cannot be read ({path.stat().st_size:,} bytes): it is no PyTorch file, truncated or '
-            f'damaged. Copy or download it again. ({_first_line(error)})'
+            f'checkpoint {name} cannot be read: {path} ({path.stat().st_size:,} bytes) is no PyTorch file, truncated '
+            f'or damaged. Delete it and copy or download it again. ({_first_line(error)})'
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f'checkpoint {name} holds a {type(content).__name__}; expected a dictionary of tensors')
@@ -285,7 +292,9 @@ def _local_file(name: str) -> Path:
         return Path(name)
     if not name.startswith('https://'):
         raise ValueError(f'checkpoint {name}: only https:// addresses and files are read')
-    cached = Path(torch.hub.get_dir(), 'checkpoints', name.split('?')[0].rsplit('/', 1)[-1])
+    # Other hosts have files of the same name; the folder keeps them apart.
+    host = hashlib.sha256(name.rpartition('/')[0].encode()).hexdigest()[:8]
+    cached = Path(torch.hub.get_dir(), 'checkpoints', host, name.split('?')[0].rsplit('/', 1)[-1])
     if not cached.is_file():
         cached.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -286,19 +286,25 @@ def _sizes(arch: str | Mapping[str, Sequence[int]]) -> tuple[tuple[int, ...], tu
     """Blocks and channels of each stage."""
     if isinstance(arch, str):
         if arch not in ARCHS:
-            nearest = difflib.get_close_matches(arch.lower(), ARCHS, n=1)
-            hint = f' Did you mean {nearest[0]!r}?' if nearest else ''
+            hint = f' Did you mean {nearest!r}?' if (nearest := _nearest_arch(arch)) else ''
             raise ValueError(
                 f'arch {arch!r} is unknown.{hint} Choose from {", ".join(ARCHS)}, '
                 'or give dict(depths=(d1, d2, d3, d4), channels=(c1, c2, c3, c4)).'
             )
         return ARCHS[arch]
-    if set(arch) != {'depths', 'channels'}:
-        raise ValueError(f'arch has the keys {sorted(arch)}; give exactly depths and channels, four numbers each')
+    if not isinstance(arch, Mapping) or set(arch) != {'depths', 'channels'}:
+        raise ValueError(f'arch={arch!r}: give a name or a dict of exactly depths and channels, four numbers each')
     depths, channels = tuple(arch['depths']), tuple(arch['channels'])
     if len(depths) != NUM_STAGES or len(channels) != NUM_STAGES or min(*depths, *channels) < 1:
         raise ValueError(f'arch has depths={depths} and channels={channels}; give four positive numbers each')
     return depths, channels
+
+
+def _nearest_arch(arch: str) -> str | None:
+    """The size meant by a misspelling, a file name's letters (t, xl) or another project's name (convnext_tiny)."""
+    name = re.sub(r'^convnext(v2)?[-_.]', '', arch.lower())
+    abbreviated = [size for size in ARCHS if name and size.startswith({'xl': 'xlarge'}.get(name, name))]
+    return next(iter(abbreviated + difflib.get_close_matches(name, ARCHS, n=1)), None)
 
 
 def _stage_indices(out_indices: int | Sequence[int]) -> tuple[int, ...]:

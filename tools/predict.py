@@ -17,7 +17,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--out', required=True, metavar='DIR', help='folder for the pictures and results.json')
     parser.add_argument('--score-thr', type=float, default=0.3, metavar='S', help='draw boxes from this score on')
     parser.add_argument('--device', metavar='D', help='such as cpu or cuda:1 (default: the first GPU if there is one)')
-    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='k=v', help='change keys of the config')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action='extend', default=[], metavar='k=v', help='change keys of the config'
+    )
     return parser.parse_args(argv)
 
 

@@ -14,7 +14,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--tta', action='store_true', help='several scales and flips (segmentation)')
     parser.add_argument('--out', metavar='FILE', help='write the metrics as JSON')
     parser.add_argument('--work-dir', metavar='D', help='logs (default: work_dirs/NAME OF THE CONFIG)')
-    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='k=v', help='change keys of the config')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action='extend', default=[], metavar='k=v', help='change keys of the config'
+    )
     return parser.parse_args(argv)
 
 

@@ -22,7 +22,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument('--amp', choices=('bf16', 'fp16', 'off'), help='precision (default: as in the config)')
     parser.add_argument('--dry-run', action='store_true', help='build and check all that training needs, then stop')
-    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='k=v', help='change keys of the config')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action='extend', default=[], metavar='k=v', help='change keys of the config'
+    )
     return parser.parse_args(argv)
 
 

@@ -147,13 +147,15 @@ class DensekitRunner(Runner):
 
         Unlike mmengine's, counts the batches whose gradients are accumulated.
         """
-        if not auto_scale_lr or 'base_batch_size' not in auto_scale_lr:
-            return
-        batch, recipe = self._global_batch(optim_wrapper), auto_scale_lr['base_batch_size']
-        if batch == recipe:
+        enabled = (auto_scale_lr or {}).get('enable', False)
+        recipe = (auto_scale_lr or {}).get('base_batch_size')
+        if enabled and not recipe:
+            raise ValueError('auto_scale_lr needs base_batch_size, the global batch that its learning rate is for')
+        batch = self._global_batch(optim_wrapper)
+        if not recipe or batch == recipe:
             return
         said = f'The global batch is {batch} and the recipe was made for {recipe}'
-        if auto_scale_lr.get('enable', False):
+        if enabled:
             self.logger.info(f'{said}: the learning rate is multiplied by {batch / recipe:.3g}.')
             for group in optim_wrapper.optimizer.param_groups:
                 group['lr'] *= batch / recipe
@@ -184,7 +186,7 @@ class DensekitRunner(Runner):
         return model
 
     def _without_sync_bn(self, model: nn.Module, reason: str) -> nn.Module:
-        count = sum(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+        count = sum(type(module).__name__ == 'SyncBatchNorm' for module in model.modules())  # torch's or mmcv's
         if count:
             self.logger.info(f'{count} SyncBN layers become BN: {reason}')
             model = revert_sync_batchnorm(model)

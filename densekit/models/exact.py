@@ -6,6 +6,10 @@ both are that coarse. In float32 these classes give the same numbers as mmdet's.
 """
 
 import torch
+
+import densekit.ops  # noqa: F401  importing mmdet needs mmcv's ops
+
+# isort: split
 from mmdet.models.dense_heads import RPNHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmengine.registry import MODELS

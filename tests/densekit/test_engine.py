@@ -98,6 +98,11 @@ def test_the_global_batch_is_compared_with_the_recipes(tmp_path, batch_size, acc
     assert runner.optim_wrapper.optimizer.param_groups[0]['lr'] == pytest.approx(lr)
 
 
+def test_a_recipe_without_its_global_batch_cannot_be_scaled(tmp_path):
+    with pytest.raises(ValueError, match='auto_scale_lr needs base_batch_size'):
+        runner_of(tmp_path, auto_scale_lr=dict(enable=True)).train()
+
+
 def test_sync_bn_becomes_bn_with_one_line(tmp_path):
     runner = runner_of(tmp_path / 'sync', Toy(nn.SyncBatchNorm))
     assert not any(isinstance(module, nn.SyncBatchNorm) for module in runner.model.modules())
