@@ -56,6 +56,28 @@ def test_missing_file(target, tmp_path):
         load_pretrained(target, tmp_path / 'nothing.pth')
 
 
+@pytest.mark.parametrize('error', [MemoryError(), torch.OutOfMemoryError('CUDA out of memory'), PermissionError(13)])
+def test_a_sound_file_is_not_called_damaged(error, source, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    path = saved(official(source), tmp_path)
+    monkeypatch.setattr(torch, 'load', fail)
+    with pytest.raises(type(error)):
+        read_checkpoint(path)
+
+
+def test_files_of_one_name_from_two_hosts(tmp_path, monkeypatch):
+    def download(address, target, **kwargs):
+        torch.save({'model': {'value': torch.tensor(len(address))}}, target)
+
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
+    addresses = ['https://example.org/model.pth', 'https://another.example.org/some/model.pth']
+    for address in addresses * 2:
+        assert read_checkpoint(address)['model']['value'] == len(address)
+
+
 @pytest.mark.parametrize('scheme', ['http', 'ftp', 'openmmlab', 'torchvision'])
 def test_only_https_addresses(scheme):
     with pytest.raises(ValueError, match=r'only https:// addresses and files are read'):

@@ -316,6 +316,9 @@ def test_found_from_every_registry(registry):
 @pytest.mark.parametrize(
     ('options', 'said'),
     [
+        (dict(arch='xl'), r"Did you mean 'xlarge'"),
+        (dict(arch='convnextv2_base'), r"Did you mean 'base'"),
+        (dict(arch=None), r'arch=None: give a name or a dict'),
         (dict(arch='tinny'), r"'tinny'.*Did you mean 'tiny'.*atto, femto.*huge"),
         (dict(arch='XLarge'), r"Did you mean 'xlarge'"),
         (dict(arch='resnet'), r'unknown\. Choose from'),
