@@ -10,6 +10,8 @@ install: $(STAMP)
 
 # The stamp is written last, so an interrupted installation is done again.
 $(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	    { echo 'error: the pinned versions need Python 3.11 to 3.13; choose one with make PYTHON=python3.11'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lite,dev]'

@@ -135,9 +135,10 @@ def read_checkpoint(checkpoint: str | os.PathLike[str], map_location: Any = 'cpu
     except (MemoryError, PermissionError, torch.OutOfMemoryError):
         raise  # nothing is wrong with the file
     except Exception as error:  # a damaged file fails wherever its bytes happen to lead: IndexError, TypeError, ...
+        copy = f' Its copy is {path}.' if '://' in name else ''
         raise ValueError(
-            f'checkpoint {name} cannot be read: {path} ({path.stat().st_size:,} bytes) is no PyTorch file, truncated '
-            f'or damaged. Delete it and copy or download it again. ({_first_line(error)})'
+            f'checkpoint {name} cannot be read ({path.stat().st_size:,} bytes): it is no PyTorch file, truncated or '
+            f'damaged. Delete it and copy or download it again.{copy} ({_first_line(error)})'
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f'checkpoint {name} holds a {type(content).__name__}; expected a dictionary of tensors')

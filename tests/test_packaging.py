@@ -88,7 +88,7 @@ def test_the_metadata_names_the_extras(metadata):
     assert set(metadata.get_all('Provides-Extra')) == {'lite', 'dev'}
     required = [Requirement(line) for line in metadata.get_all('Requires-Dist')]
     plain = {requirement.name for requirement in required if not requirement.marker}
-    assert plain == {'torch', 'torchvision', 'timm', 'numpy', 'pycocotools'}
+    assert plain == {'torch', 'torchvision', 'timm', 'numpy', 'pycocotools', 'safetensors', 'pillow'}
 
 
 def test_every_requirement_has_a_pin_that_satisfies_it(metadata):

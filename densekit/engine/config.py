@@ -2,13 +2,15 @@
 
 import difflib
 import inspect
+import logging
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from densekit.engine.config_check import check_types
@@ -25,6 +27,17 @@ _OTHER_KEYS = {
     'sync_bn',
     'tta_model',
     'tta_pipeline',
+}
+# What mmdet and mmseg read before their version 3 and 1, and nothing reads now.
+_FORMER = {
+    *('checkpoint_config', 'data', 'evaluation', 'log_config', 'lr_config', 'optimizer_config', 'runner'),
+    *('total_epochs', 'workflow'),
+}
+# Variables that configs have of their own, though alike to a name that is read.
+_VARIABLES = {'act_cfg', 'conv_cfg', 'norm_cfg'}
+_SMALL_SECTIONS = {
+    'auto_scale_lr': {'base_batch_size', 'enable'},
+    'randomness': {'deterministic', 'diff_rank_seed', 'seed'},
 }
 _TOP_LEVEL = set(inspect.signature(Runner.__init__).parameters) - {'self', 'cfg'} | _OTHER_KEYS
 
@@ -45,7 +58,6 @@ def load_config(path: str, options: Sequence[str] = ()) -> Config:
     """
     parsed = parse_options(options)
     cfg = _read(path)
-    _check_top_level(cfg)
     for key in parsed:
         _check_option(cfg, key)
     try:
@@ -55,6 +67,7 @@ def load_config(path: str, options: Sequence[str] = ()) -> Config:
     if cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs', Path(path).stem))
     cfg.setdefault('runner_type', 'DensekitRunner')
+    _check_top_level(cfg)
     check_types(cfg)
     return cfg
 
@@ -114,8 +127,11 @@ def _read(path: str) -> Config:
         cfg = Config.fromfile(path)
     except Exception as error:  # the file is code, and may raise anything
         raise ValueError(f'config {path} cannot be read: {_what_and_where(error)}') from error
-    if 'model' not in cfg:
-        raise ValueError(f'config {path} has no model; give a file of configs/detection or configs/segmentation')
+    if 'model' not in cfg or ('test_dataloader' not in cfg and 'train_dataloader' not in cfg):
+        raise ValueError(
+            f'config {path} is a part of recipes, without a model or without data; give a file of configs/detection or '
+            'configs/segmentation'
+        )
     return cfg
 
 
@@ -132,10 +148,17 @@ def _what_and_where(error: Exception) -> str:
 def _check_top_level(cfg: Config) -> None:
     """Refuses a name that is nearly one of mmengine's: nothing would read it, and nothing would say so."""
     for key in cfg:
-        # A config may have variables of its own, as alike as test_pipeline and tta_pipeline (0.88).
-        nearest = None if key in _TOP_LEVEL else closest(key, _TOP_LEVEL, cutoff=0.93)
-        if nearest:
+        if key in _FORMER:
+            print_log(f'{key} is of mmdet 2 or mmseg 0; nothing reads it', logger='current', level=logging.WARNING)
+        if key in _TOP_LEVEL | _FORMER | _VARIABLES or 'pipeline' in key:
+            continue
+        nearest = closest(key, _TOP_LEVEL, cutoff=0.8)
+        if nearest and key != f'{nearest}s':  # a list of several, such as models
             raise ValueError(f'the config has {key}, which nothing reads. Did you mean {nearest}?')
+    for section, known in _SMALL_SECTIONS.items():
+        unknown = sorted(set(cfg.get(section) or {}) - known)
+        if unknown:
+            raise ValueError(f'{section} has {", ".join(unknown)}; allowed are {", ".join(sorted(known))}')
 
 
 def _nearest_config(path: str) -> str:
@@ -148,10 +171,36 @@ def _nearest_config(path: str) -> str:
     return f' Did you mean {configs[nearest]}?' if nearest else ''
 
 
+def _places(cfg: Config, name: str) -> list[str]:
+    """Where a variable of the file is read under its own name, in what mmengine reads; at most three."""
+    places: list[str] = []
+
+    def walk(node: Any, path: str) -> None:
+        if isinstance(node, Mapping):
+            for key, value in node.items():
+                if key == name:
+                    places.append(f'{path}.{key}')
+                walk(value, f'{path}.{key}')
+        elif isinstance(node, list | tuple):
+            for i, item in enumerate(node):
+                walk(item, f'{path}.{i}')
+
+    for section in cfg:
+        if section in _TOP_LEVEL:
+            walk(cfg[section], section)
+    return places[:3]
+
+
 def _check_option(cfg: Config, key: str) -> None:
     """Refuses an option that names nothing: merging would add it silently."""
     node: Any = cfg
     path = key.split('.')
+    if path[0] in cfg and path[0] not in _TOP_LEVEL:
+        places = _places(cfg, path[0])
+        there = f'; set {" and ".join(places)}' if places else ''
+        raise ValueError(
+            f'--cfg-options {key}: {path[0]} is a variable of the config file, whose value is in place already{there}'
+        )
     for depth, part in enumerate(path):
         if isinstance(node, list | tuple):
             if not part.isdigit() or int(part) >= len(node):

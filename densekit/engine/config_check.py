@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ SECTIONS: dict[str, tuple[Registry, ...]] = {
 }
 
 # Dictionaries whose keys are read by a builder and not by the class that `type` names.
-_BUILDER_READ = {'act_cfg', 'conv_cfg', 'dcn', 'init_cfg', 'nms', 'norm_cfg', 'optimizer', 'roi_layer', 'upsample_cfg'}
+_BUILDER_READ = {'act_cfg', 'conv_cfg', 'dcn', 'init_cfg', 'norm_cfg', 'optimizer', 'roi_layer', 'upsample_cfg'}
 
 # Keys that a builder takes out before it calls the class.
 _BUILDER_KEYS = {
@@ -58,6 +59,23 @@ _UNTYPED = {
     'test_cfg': {'rpn', 'rcnn', 'nms_pre', 'max_per_img', 'nms', 'min_bbox_size', 'score_thr', 'mask_thr_binary'}
     | {'mode', 'crop_size', 'stride', 'multi_label', 'panoptic_on', 'semantic_on', 'instance_on'}
     | {'max_per_image', 'panoptic'},
+}
+
+
+# Those whose owner is certain take no other keys (all of mmdet's and mmseg's released configs keep to these).
+_PROPOSALS = {'nms_pre', 'nms_post', 'max_per_img', 'nms', 'min_bbox_size'}
+_CLOSED = {
+    'train_cfg.rpn': {'assigner', 'sampler', 'allowed_border', 'pos_weight', 'debug'}
+    | {'ga_assigner', 'ga_sampler', 'center_ratio', 'ignore_ratio'},
+    'train_cfg.rpn_proposal': _PROPOSALS,
+    'train_cfg.rcnn': {'assigner', 'sampler', 'mask_size', 'pos_weight', 'debug', 'mask_thr_binary', 'isr', 'carl'}
+    | {'pos_radius', 'max_num_grid', 'dynamic_rcnn'},
+    'test_cfg.rpn': _PROPOSALS,
+    'test_cfg.rcnn': {'score_thr', 'nms', 'max_per_img', 'mask_thr_binary'},
+}
+_SEGMENTOR_TEST = {'mode', 'crop_size', 'stride', 'subdivision_steps', 'subdivision_num_points', 'scale_factor'}
+_NMS = {'type', 'iou_threshold', 'iou_thr', 'class_agnostic', 'split_thr', 'max_num', 'score_threshold', 'offset'} | {
+    *('sigma', 'min_score', 'method'),  # of soft NMS
 }
 
 
@@ -91,6 +109,7 @@ def check_types(cfg: Config) -> None:
             lookup = _Lookup(cfg.get('default_scope', 'mmengine'), registries)
             problems += _problems(cfg[section], section, lookup)
     problems += _optimizer_problems(cfg)
+    problems += _segmentor_problems(cfg)
     if problems:
         raise ValueError('the config has keys that nothing reads:\n  ' + '\n  '.join(problems))
 
@@ -122,7 +141,7 @@ def _problems(node: Any, path: str, lookup: '_Lookup') -> Iterator[str]:
         return
     if not isinstance(node, Mapping):
         return
-    if 'type' in node:
+    if 'type' in node and _closed_keys(node, path) is None:
         yield from _typed_problems(node, path, lookup)
     else:
         yield from _untyped_problems(node, path)
@@ -157,7 +176,28 @@ def _optimizer_problems(cfg: Config) -> Iterator[str]:
         yield f'optim_wrapper.optimizer.type: there is no optimizer {kind}.{hint}'
 
 
+def _segmentor_problems(cfg: Config) -> Iterator[str]:
+    if str(cfg.model.get('type')).rpartition('.')[2] in ('EncoderDecoder', 'CascadeEncoderDecoder'):
+        for key in cfg.model.get('test_cfg') or {}:
+            if key not in _SEGMENTOR_TEST:
+                yield f'model.test_cfg.{key}: allowed are {", ".join(sorted(_SEGMENTOR_TEST))}'
+
+
+def _closed_keys(node: Mapping[str, Any], path: str) -> set[str] | None:
+    """All keys that a dictionary may have, where its owner is certain."""
+    if path.endswith('.nms'):
+        return _NMS if node.get('type', 'nms') in ('nms', 'soft_nms') else None
+    place = re.sub(r'\.\d+$', '', path).removeprefix('model.')
+    return _CLOSED.get(place)
+
+
 def _untyped_problems(node: Mapping[str, Any], path: str) -> Iterator[str]:
+    closed = _closed_keys(node, path)
+    if closed is not None:
+        for key in node:
+            if key not in closed:
+                yield f'{path}.{key}: allowed are {", ".join(sorted(closed))}'
+        return
     for owner, known in _UNTYPED.items():
         if f'.{owner}' in path:
             for key in node:

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from mmengine.device import get_device
-from mmengine.dist import is_distributed
+from mmengine.dist import broadcast, is_distributed
+from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.registry import RUNNERS
@@ -14,10 +15,25 @@ from torch import nn
 
 from backbones.checkpoint import read_checkpoint
 from densekit.data.locate import check_dataset_files
+from densekit.engine.consistency import check_channels, check_classes
 from densekit.engine.distributed import init_cpu_process_group
 from densekit.engine.weights import check_resumable, fitting_weights
 
 _ALONE = 'a single process has nothing to synchronize with'
+
+
+class SameBuffersHook(Hook):
+    """Gives every process the buffers of the first, which are the ones saved, before they validate together.
+
+    Without SyncBN each process has running statistics of its own, and a score would be a mixture of several models.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def before_val(self, runner: Runner) -> None:
+        """Broadcasts the buffers."""
+        for buffer in runner.model.buffers():
+            broadcast(buffer)
 
 
 @RUNNERS.register_module()
@@ -39,6 +55,8 @@ class DensekitRunner(Runner):
         self._prepared: set[str] = set()
         self._weights_initialized = False
         super().__init__(*args, **kwargs)
+        if self.distributed:
+            self.register_hook(SameBuffersHook())
 
     def setup_env(self, env_cfg: dict) -> None:
         """Starts the process group and sets limits, as mmengine does."""
@@ -84,6 +102,7 @@ class DensekitRunner(Runner):
         if self._prepared.issuperset(loops):
             return
         training = 'train' in loops
+        check_channels(self._bare_model())
         if training:
             self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
         self._init_model_weights()
@@ -94,7 +113,8 @@ class DensekitRunner(Runner):
                 check_resumable(self._load_from, checkpoint, self.optim_wrapper)
         check_dataset_files(self.cfg, loops)
         for loop in loops:
-            getattr(self, f'{loop}_loop')  # builds it, with its data sets
+            dataset = getattr(self, f'{loop}_loop').dataloader.dataset  # builds all of it
+            check_classes(self._bare_model(), getattr(dataset, 'metainfo', {}).get('classes'), loop)
         if not self._prepared:
             super()._log_env(self._env_cfg)
         self._prepared.update(loops)

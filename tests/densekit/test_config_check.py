@@ -171,8 +171,65 @@ def test_a_file_that_is_missing_or_no_config(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r'nothing\.py, which it names, does not exist'):
         load_config(config_file(tmp_path, '', base='nothing.py'))
     (tmp_path / 'no_model.py').write_text('a = 1\n')
-    with pytest.raises(ValueError, match='has no model'):
+    with pytest.raises(ValueError, match='without a model'):
         load_config(str(tmp_path / 'no_model.py'))
     (tmp_path / 'config.yaml').write_text('model: !!python/object/apply:os.getcwd []\n')
     with pytest.raises(ValueError, match=r'config\.yaml is no \.py file'):  # mmengine reads YAML unsafely
         load_config(str(tmp_path / 'config.yaml'))
+
+
+@pytest.mark.parametrize(
+    ('config', 'option', 'message'),
+    [
+        (
+            'detection/mask_rcnn_convnext_t_coco.py',
+            'model.test_cfg.rcnn.max_det=5',
+            r'test_cfg\.rcnn\.max_det: allowed',
+        ),
+        (
+            'detection/mask_rcnn_convnext_t_coco.py',
+            'model.test_cfg.rcnn.score_threshold=0.1',
+            r'Did you mean score_thr',
+        ),
+        (
+            'detection/mask_rcnn_convnext_t_coco.py',
+            'model.test_cfg.rcnn.nms.iou_treshold=0.1',
+            r'nms\.iou_treshold: all',
+        ),
+        ('detection/cascade_convnext_t_coco.py', 'model.train_cfg.rcnn.1.masksize=14', r'Did you mean mask_size'),
+        (
+            'segmentation/upernet_convnext_t_ade20k.py',
+            'model.test_cfg.window=512',
+            r'test_cfg\.window: allowed are crop',
+        ),
+        ('detection/mask_rcnn_convnext_t_coco.py', 'auto_scale_lr.enabel=True', r'enabel'),
+        (
+            'detection/cascade_convnext_t_coco.py',
+            'data_root=/big/coco/',
+            r'variable.*set train_dataloader\.dataset\.data_root',
+        ),
+        ('detection/cascade_convnext_t_coco.py', 'max_epochs=12', r'variable.*set train_cfg\.max_epochs'),
+        (
+            'detection/cascade_convnext_t_coco.py',
+            'num_classes=3',
+            r'variable.*set model\.roi_head\.bbox_head\.0\.num_classes',
+        ),
+    ],
+)
+def test_options_that_nothing_would_read(config, option, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(f'configs/{config}', [option])
+
+
+@pytest.mark.parametrize('name', ['modle', 'train_cgf', 'load_form', 'auto_scal_lr'])
+def test_misspelt_top_level_names(tmp_path, name):
+    base = Path('configs/detection/mask_rcnn_convnext_mini_shapes.py').resolve()
+    path = tmp_path / 'mine.py'
+    path.write_text(f'_base_ = {str(base)!r}\n{name} = dict(a=1)\n')
+    with pytest.raises(ValueError, match=f'{name}, which nothing reads'):
+        load_config(str(path))
+
+
+def test_a_part_of_recipes_is_no_recipe():
+    with pytest.raises(ValueError, match='a part of recipes'):
+        load_config('configs/_base_/models/upernet.py')

@@ -39,7 +39,7 @@ class NoteRank(Hook):
 
     def after_train(self, runner):
         digest = hashlib.sha256()
-        for name, value in runner.model.module.named_parameters():
+        for name, value in runner.model.module.state_dict().items():  # the statistics of BN as well
             digest.update(name.encode() + value.detach().numpy().tobytes())
         with open(f'{runner.work_dir}/rank{runner.rank}.txt', 'w') as file:
             print(digest.hexdigest(), *sorted(set(self.seen)), sep='\\n', file=file)
