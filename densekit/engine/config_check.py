@@ -177,8 +177,9 @@ def _optimizer_problems(cfg: Config) -> Iterator[str]:
 
 
 def _segmentor_problems(cfg: Config) -> Iterator[str]:
-    if str(cfg.model.get('type')).rpartition('.')[2] in ('EncoderDecoder', 'CascadeEncoderDecoder'):
-        for key in cfg.model.get('test_cfg') or {}:
+    model = cfg.get('model') or {}
+    if str(model.get('type')).rpartition('.')[2] in ('EncoderDecoder', 'CascadeEncoderDecoder'):
+        for key in model.get('test_cfg') or {}:
             if key not in _SEGMENTOR_TEST:
                 yield f'model.test_cfg.{key}: allowed are {", ".join(sorted(_SEGMENTOR_TEST))}'
 

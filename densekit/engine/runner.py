@@ -113,8 +113,10 @@ class DensekitRunner(Runner):
                 check_resumable(self._load_from, checkpoint, self.optim_wrapper)
         check_dataset_files(self.cfg, loops)
         for loop in loops:
-            dataset = getattr(self, f'{loop}_loop').dataloader.dataset  # builds all of it
-            check_classes(self._bare_model(), getattr(dataset, 'metainfo', {}).get('classes'), loop)
+            built = getattr(self, f'{loop}_loop')  # with its data sets; None for a run without validation
+            if built is not None:
+                metainfo = getattr(built.dataloader.dataset, 'metainfo', {})
+                check_classes(self._bare_model(), metainfo.get('classes'), loop)
         if not self._prepared:
             super()._log_env(self._env_cfg)
         self._prepared.update(loops)
