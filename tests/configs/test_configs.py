@@ -1,6 +1,7 @@
 """Every file of configs/, found by name, so that a new one is covered at once."""
 
 import ast
+import itertools
 import math
 import re
 from pathlib import Path
@@ -173,7 +174,7 @@ def test_training_ends_with_its_schedule_a_checkpoint_and_a_validation(path):
     same_unit = [scheduler for scheduler in cfg.param_scheduler if scheduler.by_epoch == by_epoch]
     assert max(scheduler.end for scheduler in same_unit) == end
     assert max(milestone for s in same_unit for milestone in s.get('milestones', [0])) < end
-    for before, after in zip(same_unit, same_unit[1:], strict=False):
+    for before, after in itertools.pairwise(same_unit):
         assert before.end == after.begin
     checkpoint = cfg.default_hooks.checkpoint
     assert checkpoint.get('by_epoch', True) == by_epoch
