@@ -1,6 +1,6 @@
 """UperNet with a ConvNeXt-Atto, overfitted to the three ADE20K photographs of DENSEKIT_SAMPLES.
 
-512 x 384 pixels, no augmentation, random initialization.
+384 x 288 pixels, no augmentation, random initialization.
 """
 
 _base_ = [
@@ -13,17 +13,22 @@ _base_ = [
 classes = ['wall', 'building', 'sky', 'tree', 'road', 'grass', 'sidewalk', 'earth', 'plant', 'car', 'signboard', 'bus']
 classes += ['streetlight', 'escalator', 'van']
 model = dict(
-    data_preprocessor=dict(size=(384, 512)),
+    data_preprocessor=dict(size=(288, 384)),
     backbone=dict(
-        arch='atto',
+        arch=dict(_delete_=True, depths=(2, 2, 4, 2), channels=(24, 48, 96, 192)),
+        stem_patch_size=2,  # the poles of the streetlights are two pixels wide
         drop_path_rate=0.0,
         init_cfg=dict(_delete_=True, type='Kaiming', layer=['Conv2d', 'Linear'], mode='fan_in', nonlinearity='linear'),
     ),
     decode_head=dict(
-        in_channels=[40, 80, 160, 320],
-        channels=64,
+        in_channels=[24, 48, 96, 192],
+        channels=48,
         dropout_ratio=0.0,
         num_classes=len(classes),
+        loss_decode=[
+            dict(type='CrossEntropyLoss', loss_weight=1.0),
+            dict(type='TverskyLoss', alpha=0.5, beta=0.5, loss_weight=1.0),  # small classes count as large ones do
+        ],
     ),
     auxiliary_head=None,
     test_cfg=dict(_delete_=True, mode='whole'),
@@ -38,12 +43,12 @@ photographs = dict(
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
-    dict(type='Resize', scale=(512, 384), keep_ratio=False),
+    dict(type='Resize', scale=(384, 288), keep_ratio=False),
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(512, 384), keep_ratio=False),
+    dict(type='Resize', scale=(384, 288), keep_ratio=False),
     dict(type='LoadAnnotations'),  # after Resize: scored at the original size
     dict(type='PackSegInputs'),
 ]
