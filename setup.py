@@ -18,7 +18,16 @@ LITE = [
     'regex',  # likewise
 ]
 
+# What the tests compare with.
+TEST = [
+    'onnx',
+    'onnxruntime',
+    'onnxscript',
+    'transformers',
+]
+
 DEV = [
+    *TEST,
     'build',
     'mypy',
     'pytest',
@@ -42,8 +51,9 @@ setup(
         'timm>=1.0.15',
         'numpy',
         'safetensors',
+        'filelock',
         'pillow>=10.1',  # a scalable default font for the pictures
         'pycocotools>=2.0.8',
     ],
-    extras_require={'lite': LITE, 'dev': DEV},
+    extras_require={'lite': LITE, 'test': TEST, 'dev': DEV},
 )

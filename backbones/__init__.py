@@ -16,11 +16,12 @@ except ImportError as error:
 
 from backbones.checkpoint import LoadReport as LoadReport
 from backbones.checkpoint import PretrainedBackbone as PretrainedBackbone
-from backbones.checkpoint import convert_state_dict as convert_state_dict
 from backbones.checkpoint import load_pretrained as load_pretrained
-from backbones.checkpoint import read_checkpoint as read_checkpoint
 from backbones.convnext import ARCHS as ARCHS
 from backbones.convnext import ConvNeXt as ConvNeXt
+from backbones.files import read_checkpoint as read_checkpoint
+from backbones.formats import convert_state_dict as convert_state_dict
 from backbones.layer_decay import LayerDecayOptimWrapperConstructor as LayerDecayOptimWrapperConstructor
 from backbones.layers import GRN as GRN
 from backbones.layers import LayerNorm2d as LayerNorm2d
+from backbones.zoo import ZOO as ZOO

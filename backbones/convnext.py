@@ -6,7 +6,7 @@ object_detection/mmdet/models/backbones/convnext.py. Differs from it:
 
 - per-stage norms exist only for the requested outputs (unused parameters make DistributedDataParallel fail);
 - LayerNorm statistics are float32 in every dtype;
-- stages can be frozen, blocks can be checkpointed;
+- stages can be frozen, blocks can be checkpointed, late stages can be dilated;
 - an input too small for five halvings is padded with zeros instead of refused.
 
 Layouts: N images, C channels, H rows, W columns.
@@ -43,18 +43,20 @@ ARCHS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     'large': ((3, 3, 27, 3), (192, 384, 768, 1536)),
     'xlarge': ((3, 3, 27, 3), (256, 512, 1024, 2048)),
     'huge': ((3, 3, 27, 3), (352, 704, 1408, 2816)),  # V2
+    'xxlarge': ((3, 4, 30, 3), (384, 768, 1536, 3072)),  # OpenCLIP
 }
 
 ACTIVATIONS = {'GELU': nn.GELU, 'ReLU': nn.ReLU, 'SiLU': nn.SiLU, 'Hardswish': nn.Hardswish}
 
 NUM_STAGES = 4
 
-# A named object, so that "not given" can be told from "1e-6 was asked for" (see ConvNeXt, use_grn).
+# Named objects, so that "not given" can be told from "1e-6 was asked for" (see ConvNeXt, use_grn and norm_cfg).
 DEFAULT_LAYER_SCALE = float('1e-6')
+DEFAULT_NORM: Mapping[str, Any] = dict(type='LN2d', eps=1e-6)
 
 
 class ConvNeXtBlock(nn.Module):
-    """Depthwise 7x7 convolution, LayerNorm, expansion by 4, activation, (GRN,) projection, layer scale, residual.
+    """Depthwise convolution, LayerNorm, expansion by 4, activation, (GRN,) projection, layer scale, residual.
 
     Source: the second of the two equivalent forms in the official code, with the pointwise convolutions as Linear
     layers on ``(N, H, W, C)``.
@@ -67,6 +69,8 @@ class ConvNeXtBlock(nn.Module):
         eps: of the LayerNorm.
         act: the activation module.
         with_cp: recompute the block in the backward pass.
+        kernel_size: of the depthwise convolution, odd.
+        dilation: of the depthwise convolution.
     """
 
     def __init__(
@@ -79,10 +83,13 @@ class ConvNeXtBlock(nn.Module):
         eps: float,
         act: nn.Module,
         with_cp: bool,
+        kernel_size: int = 7,
+        dilation: int = 1,
     ) -> None:
         super().__init__()
         self.with_cp = with_cp
-        self.dwconv = nn.Conv2d(channels, channels, kernel_size=7, padding=3, groups=channels)
+        padding = dilation * (kernel_size // 2)
+        self.dwconv = nn.Conv2d(channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels)
         self.norm = nn.LayerNorm(channels, eps=eps)
         self.pwconv1 = nn.Linear(channels, 4 * channels)
         self.act = act
@@ -109,6 +116,19 @@ class ConvNeXtBlock(nn.Module):
         return x + self.drop_path(x_nhwc.permute(0, 3, 1, 2))
 
 
+class SameConv2d(nn.Conv2d):
+    """A convolution of stride 1 that keeps height and width for an even kernel too.
+
+    Where the padding is odd, the larger half goes to the right and below, as timm has it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``(N, C_in, H, W)`` to ``(N, C_out, H, W)``."""
+        rows, columns = (d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True))
+        x = F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+        return super().forward(x)
+
+
 @MODELS.register_module()
 class ConvNeXt(BaseModule):
     """ConvNeXt that emits one LayerNormed feature map per requested stage.
@@ -118,9 +138,10 @@ class ConvNeXt(BaseModule):
 
     Args:
         arch: a name in ``ARCHS`` or ``dict(depths=(..4..), channels=(..4..))``.
-        in_channels: of the image.
+        in_channels: of the image. Weights for three channels are adapted to another number when they are loaded.
         stem_patch_size: kernel and stride of the first convolution; stage i has stride ``stem_patch_size * 2**i``.
-        norm_cfg: ``dict(type='LN2d', eps=...)``; LayerNorm is the only kind.
+        norm_cfg: ``dict(type='LN2d', eps=...)``; LayerNorm is the only kind. Not given, eps is 1e-6, and 1e-5 for
+            xxlarge, as its weights were trained with.
         act_cfg: ``dict(type=..., **arguments)``, with a type in ``ACTIVATIONS``.
         linear_pw_conv: accepted for compatibility. Linear layers and 1x1 convolutions are the same function of the
             same parameters; Linear layers are computed, and weights of either form load.
@@ -134,6 +155,9 @@ class ConvNeXt(BaseModule):
         with_cp: recompute the blocks' activations in the backward pass instead of keeping them.
         init_cfg: mmengine's. ``dict(type='Pretrained', checkpoint=..., prefix=...)`` goes through
             :class:`backbones.checkpoint.PretrainedBackbone`, which fails unless the weights fit.
+        kernel_size: of the depthwise convolutions, odd, 3 to 11.
+        output_stride: 32, 16 or 8: the largest stride. Stages that would exceed it keep their resolution and dilate
+            their convolutions instead, as timm does, with the same weights.
 
     Attributes:
         channels: C of each output.
@@ -148,7 +172,7 @@ class ConvNeXt(BaseModule):
         arch: str | Mapping[str, Sequence[int]] = 'tiny',
         in_channels: int = 3,
         stem_patch_size: int = 4,
-        norm_cfg: Mapping[str, Any] = dict(type='LN2d', eps=1e-6),
+        norm_cfg: Mapping[str, Any] = DEFAULT_NORM,
         act_cfg: Mapping[str, Any] = dict(type='GELU'),
         linear_pw_conv: bool = True,
         use_grn: bool = False,
@@ -159,12 +183,13 @@ class ConvNeXt(BaseModule):
         gap_before_final_norm: bool = False,
         with_cp: bool = False,
         init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        kernel_size: int = 7,
+        output_stride: int = 32,
     ) -> None:
         super().__init__(init_cfg=_with_strict_loader(init_cfg))
         self.depths, widths = _sizes(arch)
         self.out_indices = _stage_indices(out_indices)
         self.frozen_stages = _frozen_stages(frozen_stages)
-        self.stem_patch_size = stem_patch_size
         if gap_before_final_norm:
             raise ValueError('gap_before_final_norm=True pools the features away; a dense backbone needs False')
         if not 0 <= drop_path_rate < 1:
@@ -173,27 +198,46 @@ class ConvNeXt(BaseModule):
             raise ValueError(f'layer_scale_init_value={layer_scale_init_value}: give a positive number, or 0 for none')
         if use_grn and layer_scale_init_value is DEFAULT_LAYER_SCALE:
             layer_scale_init_value = 0.0
+        if kernel_size not in (3, 5, 7, 9, 11):
+            raise ValueError(f'kernel_size={kernel_size}: give 3, 5, 7, 9 or 11')
+        if norm_cfg is DEFAULT_NORM and arch == 'xxlarge':
+            norm_cfg = dict(type='LN2d', eps=1e-5)
         eps = _layer_norm_eps(norm_cfg)
+        strides, dilations = _strides_and_dilations(stem_patch_size, output_stride)
 
         self.downsample_layers = nn.ModuleList(
             [nn.Sequential(nn.Conv2d(in_channels, widths[0], stem_patch_size, stem_patch_size), _norm(widths[0], eps))]
         )
-        for c_in, c_out in itertools.pairwise(widths):
-            self.downsample_layers.append(nn.Sequential(_norm(c_in, eps), nn.Conv2d(c_in, c_out, 2, 2)))
+        for i, (c_in, c_out) in enumerate(itertools.pairwise(widths), start=1):
+            conv: nn.Conv2d = nn.Conv2d(c_in, c_out, 2, 2)
+            if strides[i] == strides[i - 1]:
+                conv = SameConv2d(c_in, c_out, 2, dilation=max(dilations[i] // 2, 1))
+            self.downsample_layers.append(nn.Sequential(_norm(c_in, eps), conv))
 
         rates = iter(torch.linspace(0, drop_path_rate, sum(self.depths), device='cpu').tolist())
         block = functools.partial(
-            ConvNeXtBlock, layer_scale=layer_scale_init_value, use_grn=use_grn, eps=eps, with_cp=with_cp
+            ConvNeXtBlock,
+            layer_scale=layer_scale_init_value,
+            use_grn=use_grn,
+            eps=eps,
+            with_cp=with_cp,
+            kernel_size=kernel_size,
         )
         self.stages = nn.ModuleList(
-            nn.Sequential(*(block(width, drop_path=next(rates), act=_activation(act_cfg)) for _ in range(depth)))
-            for depth, width in zip(self.depths, widths, strict=True)
+            nn.Sequential(
+                *(
+                    block(width, drop_path=next(rates), act=_activation(act_cfg), dilation=dilation)
+                    for _ in range(depth)
+                )
+            )
+            for depth, width, dilation in zip(self.depths, widths, dilations, strict=True)
         )
         for i in self.out_indices:
             self.add_module(f'norm{i}', _norm(widths[i], eps))
 
         self.channels = tuple(widths[i] for i in self.out_indices)
-        self.strides = tuple(stem_patch_size * 2**i for i in self.out_indices)
+        self.strides = tuple(strides[i] for i in self.out_indices)
+        self._smallest = (stem_patch_size, *(b // a for a, b in itertools.pairwise(strides)))  # sizes of input
         self.apply(_init_parameters)
         self._freeze()
 
@@ -209,7 +253,7 @@ class ConvNeXt(BaseModule):
         """
         outputs = []
         for i in range(self.out_indices[-1] + 1):
-            x = self.downsample_layers[i](_at_least(x, self.stem_patch_size if i == 0 else 2))
+            x = self.downsample_layers[i](_at_least(x, self._smallest[i]))
             x = self.stages[i](x)
             if i in self.out_indices:
                 outputs.append(getattr(self, f'norm{i}')(x))
@@ -256,6 +300,26 @@ class ConvNeXt(BaseModule):
         if kind == 'downsample_layers':
             return (0, 2, 3, layers)[stage], num_depths
         return (1, 2, 3 + block // 3, layers)[stage], num_depths
+
+    @staticmethod
+    def describe_weights(weights: Mapping[str, Tensor]) -> str:
+        """Says in words of which ConvNeXt some weights are, such as 'ConvNeXt V2 atto with layer scale'.
+
+        Args:
+            weights: names and tensors, under our names.
+        """
+        blocks = [set() for _ in range(NUM_STAGES)]  # type: list[set[str]]
+        for key in weights:
+            if match := re.match(r'stages\.(\d)\.(\d+)\.', key):
+                blocks[int(match[1])].add(match[2])
+        depths = tuple(map(len, blocks))
+        keys = [f'stages.{i}.0.dwconv.bias' for i in range(NUM_STAGES)]
+        channels = tuple(weights[key].shape[0] if key in weights else 0 for key in keys)
+        names = [name for name, sizes in ARCHS.items() if sizes == (depths, channels)]
+        size = names[0] if names else f'with {depths} blocks of {channels} channels'
+        version = 'V2' if any('.grn.' in key for key in weights) else 'V1'
+        scale = 'with' if any(key.endswith('.gamma') and '.grn.' not in key for key in weights) else 'without'
+        return f'ConvNeXt {version} {size}, {scale} layer scale'
 
     def _freeze(self) -> None:
         for i in (*range(self.frozen_stages), *range(self.out_indices[-1] + 1, NUM_STAGES)):
@@ -305,6 +369,18 @@ def _nearest_arch(arch: str) -> str | None:
     name = re.sub(r'^convnext(v2)?[-_.]', '', arch.lower())
     abbreviated = [size for size in ARCHS if name and size.startswith({'xl': 'xlarge'}.get(name, name))]
     return next(iter(abbreviated + difflib.get_close_matches(name, ARCHS, n=1)), None)
+
+
+def _strides_and_dilations(stem_patch_size: int, output_stride: int) -> tuple[list[int], list[int]]:
+    """Of each stage. Source: ConvNeXt in timm 1.0.31, timm/models/convnext.py."""
+    if output_stride not in (8, 16, 32):
+        raise ValueError(f'output_stride={output_stride}: give 32, 16 or 8')
+    strides, dilations = [stem_patch_size], [1]
+    for _ in range(NUM_STAGES - 1):
+        dilated = strides[-1] >= output_stride
+        strides.append(strides[-1] if dilated else 2 * strides[-1])
+        dilations.append(2 * dilations[-1] if dilated else dilations[-1])
+    return strides, dilations
 
 
 def _stage_indices(out_indices: int | Sequence[int]) -> tuple[int, ...]:

@@ -13,8 +13,9 @@ from mmengine.dataset import Compose
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from pycocotools import mask as rle
 
-from backbones.checkpoint import read_checkpoint
+from backbones.files import read_checkpoint
 from densekit.cli import UserError, check_writable, user_errors
+from densekit.engine.class_transfer import checkpoint_classes
 from densekit.engine.config import load_config
 from densekit.engine.weights import fitting_weights
 from densekit.report.pictures import draw_instances, draw_label_map, read_image, save_png
@@ -184,12 +185,15 @@ def _array_pipeline(pipeline: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _classes_and_palette(cfg: Config, content: dict[str, Any]) -> tuple[list[str], list[Any]]:
     """From the checkpoint, which knows what it was trained on, else from the config's data set."""
-    meta = dict(content.get('meta', {}).get('dataset_meta') or {})
-    if not meta.get('classes'):
+    meta = content.get('meta') or {}
+    classes = list(checkpoint_classes(content) or [])
+    if classes:
+        meta = meta.get('dataset_meta') or {'palette': meta.get('PALETTE')}
+    else:
         dataset = cfg.test_dataloader.dataset
         with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
             meta = {**getattr(registry.get(dataset.type), 'METAINFO', {}), **dataset.get('metainfo', {})}
-    classes = list(meta.get('classes') or [])
+        classes = list(meta.get('classes') or [])
     if not classes:
         raise ValueError('neither the checkpoint nor the data set of test_dataloader names the classes (metainfo)')
     palette = list(meta.get('palette') or [])

@@ -67,47 +67,10 @@ def test_a_sound_file_is_not_called_damaged(error, source, tmp_path, monkeypatch
         read_checkpoint(path)
 
 
-def test_files_of_one_name_from_two_hosts(tmp_path, monkeypatch):
-    def download(address, target, **kwargs):
-        torch.save({'model': {'value': torch.tensor(len(address))}}, target)
-
-    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
-    addresses = ['https://example.org/model.pth', 'https://another.example.org/some/model.pth']
-    for address in addresses * 2:
-        assert read_checkpoint(address)['model']['value'] == len(address)
-
-
 @pytest.mark.parametrize('scheme', ['http', 'ftp', 'openmmlab', 'torchvision'])
 def test_only_https_addresses(scheme):
     with pytest.raises(ValueError, match=r'only https:// addresses and files are read'):
         read_checkpoint(f'{scheme}://example.org/weights.pth')
-
-
-def test_download_goes_to_the_cache_once(source, tmp_path, monkeypatch):
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch_home'))
-    addresses = []
-
-    def download(address, path, progress):
-        addresses.append(address)
-        torch.save(official(source), path)
-
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
-    for _ in range(2):
-        assert 'model' in read_checkpoint('https://example.org/a/weights.pth?x=1')
-    assert addresses == ['https://example.org/a/weights.pth?x=1']
-    assert [path.name for path in (tmp_path / 'torch_home').rglob('*.pth')] == ['weights.pth']
-
-
-def test_download_that_fails_says_where_to_put_the_file(tmp_path, monkeypatch):
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-
-    def download(*_, **__):
-        raise OSError('no route to host')
-
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
-    with pytest.raises(ValueError, match=r'no route to host.*Put the file at .*weights\.pth'):
-        read_checkpoint('https://example.org/weights.pth')
 
 
 # Safety.

@@ -63,6 +63,8 @@ def test_signature_is_the_contract():
         gap_before_final_norm=False,
         with_cp=False,
         init_cfg=None,
+        kernel_size=7,  # ours, behind the others
+        output_stride=32,
     )
     parameters = inspect.signature(ConvNeXt).parameters
     assert [(name, p.default) for name, p in parameters.items()] == list(contract.items())

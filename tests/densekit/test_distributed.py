@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from backbones.checkpoint import read_checkpoint
+from backbones.files import read_checkpoint
 from densekit.engine.distributed import detect_launcher, prepare_launcher, slurm_as_torchrun
 
 ROOT = Path(__file__).parents[2]

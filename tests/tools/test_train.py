@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from backbones.checkpoint import read_checkpoint
+from backbones.files import read_checkpoint
 from densekit.engine.launch import train
 
 pytestmark = pytest.mark.usefixtures('quick_mmengine')
