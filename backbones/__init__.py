@@ -21,7 +21,11 @@ from backbones.convnext import ARCHS as ARCHS
 from backbones.convnext import ConvNeXt as ConvNeXt
 from backbones.files import read_checkpoint as read_checkpoint
 from backbones.formats import convert_state_dict as convert_state_dict
+from backbones.isotropic import ISOTROPIC_ARCHS as ISOTROPIC_ARCHS
+from backbones.isotropic import ConvNeXtIsotropic as ConvNeXtIsotropic
 from backbones.layer_decay import LayerDecayOptimWrapperConstructor as LayerDecayOptimWrapperConstructor
 from backbones.layers import GRN as GRN
 from backbones.layers import LayerNorm2d as LayerNorm2d
+from backbones.roadmap import RUNGS as RUNGS
+from backbones.roadmap import ConvNeXtRoadmap as ConvNeXtRoadmap
 from backbones.zoo import ZOO as ZOO

@@ -120,8 +120,8 @@ def _compare(
         if key in _STEMS and value.shape[1:2] == (3,) and own[key].shape[1] != 3:
             value = adapt_input_conv(own[key].shape[1], value)
             report.adapted.append(key)
-        if not value.is_floating_point():
-            report.misshapen.append(f'{key} ({value.dtype})')
+        if value.is_floating_point() != own[key].is_floating_point():
+            report.misshapen.append(f'{key} {value.dtype} for {own[key].dtype}')
             continue
         if _squeezed(value) != _squeezed(own[key]):
             report.misshapen.append(f'{key} {tuple(value.shape)} for {tuple(own[key].shape)}')

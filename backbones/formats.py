@@ -37,6 +37,14 @@ _ISOTROPIC: Names = (
     (r'(?:norm|head)\.(?:weight|bias)', None),
 )
 
+# The steps before ConvNeXt, as ConvNeXtRoadmap names them.
+_ROADMAP: Names = (
+    (r'(downsample_layers\.0\.[01]\.(?:weight|bias|running_mean|running_var|num_batches_tracked))', r'\1'),
+    (r'(stages\.\d\.\d+\.conv[123]\.(?:weight|bias))', r'\1'),
+    (r'(stages\.\d\.\d+\.norm[123]\.(?:weight|bias|running_mean|running_var|num_batches_tracked))', r'\1'),
+    (r'(stages\.\d\.\d+\.shortcut\.[01]\.(?:weight|bias|running_mean|running_var|num_batches_tracked))', r'\1'),
+)
+
 # Trained on dense features, so the norm behind the last stage is that stage's. EUPE is distilled with the same code.
 _DINOV3: Names = (
     (r'norms\.3\.(weight|bias)', r'norm3.\1'),
@@ -155,6 +163,7 @@ FORMATS: dict[str, Format] = {
         (r'encoder\.stages\.\d\.\d+\.dwconv\.(?:weight|kernel)|stages\.\d\.\d+\.dwconv\.kernel',), _FCMAE, _dense
     ),
     'isotropic': Format((r'blocks\.\d+\.dwconv\.weight',), _ISOTROPIC),
+    'roadmap': Format((r'stages\.\d\.\d+\.conv2\.weight',), _ROADMAP),
     'openmmlab': Format((r'stages\.\d\.\d+\.depthwise_conv\.weight',), _OPENMMLAB),
     'timm': Format((r'stages[._]\d\.blocks\.\d+\.conv_dw\.weight',), _TIMM),
     'torchvision': Format((r'features\.\d\.\d+\.block\.0\.weight', r'.*\.layer_scale'), _TORCHVISION),

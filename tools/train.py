@@ -11,7 +11,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(usage='%(prog)s CONFIG [options]', description=__doc__)
     parser.add_argument('config', help='config file, e.g. configs/detection/cascade_convnext_t_coco.py')
     parser.add_argument('--work-dir', metavar='D', help='logs and checkpoints (default: work_dirs/NAME OF THE CONFIG)')
-    parser.add_argument('--load-from', metavar='CKPT', help='start a new run from the weights of a whole model')
+    parser.add_argument(
+        '--load-from',
+        metavar='CKPT',
+        help='start a new run from the weights of a whole model; classes that it has too keep theirs, by name',
+    )
     parser.add_argument(
         '--resume',
         nargs='?',

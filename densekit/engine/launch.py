@@ -31,7 +31,7 @@ def train(
     Args:
         config: path of the config file.
         work_dir: folder of logs and checkpoints; default work_dirs/<name of the config>.
-        load_from: checkpoint of a whole model to start from.
+        load_from: checkpoint of a whole model to start from, of whatever classes.
         resume: '' to go on from the newest checkpoint in the work folder, 'auto' the same but from the start if there
             is none, else the checkpoint to go on from.
         amp: 'bf16', 'fp16' or 'off'; default as in the config.

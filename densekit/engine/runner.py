@@ -11,13 +11,14 @@ from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
-from torch import nn
+from torch import Tensor, nn
 
-from backbones.checkpoint import read_checkpoint
+from backbones.files import read_checkpoint
 from densekit.data.locate import check_dataset_files
+from densekit.engine.class_transfer import ClassTransfer, check_class_order, dataset_classes, plan_transfer
 from densekit.engine.consistency import check_channels, check_classes
 from densekit.engine.distributed import init_cpu_process_group
-from densekit.engine.weights import check_resumable, fitting_weights
+from densekit.engine.weights import check_fit, check_resumable, converted_weights, own_weights
 
 _ALONE = 'a single process has nothing to synchronize with'
 
@@ -44,7 +45,8 @@ class DensekitRunner(Runner):
 
     - several processes work without CUDA (gloo);
     - SyncBN becomes BN where it could not synchronize: one process, or gloo;
-    - a checkpoint is read without executing anything in it, and must fit the model exactly;
+    - a checkpoint is read without executing anything in it, and must fit the model exactly; that of another project
+      is renamed, and training takes one of other classes by their names;
     - mistakes show in the order model, weights, data, before the first data set is built;
     - a learning rate made for another global batch is pointed out.
     """
@@ -54,6 +56,7 @@ class DensekitRunner(Runner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._prepared: set[str] = set()
         self._weights_initialized = False
+        self._classes: tuple[str, ...] | None = None  # to train on, where the weights may be of others
         super().__init__(*args, **kwargs)
         if self.distributed:
             self.register_hook(SameBuffersHook())
@@ -107,10 +110,7 @@ class DensekitRunner(Runner):
             self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
         self._init_model_weights()
         if self._load_from is not None and not self._has_loaded:
-            checkpoint = read_checkpoint(self._load_from)
-            fitting_weights(self._load_from, checkpoint, self._bare_model())
-            if training and self._resume:
-                check_resumable(self._load_from, checkpoint, self.optim_wrapper)
+            self._check_checkpoint(self._load_from, loops)
         check_dataset_files(self.cfg, loops)
         for loop in loops:
             built = getattr(self, f'{loop}_loop')  # with its data sets; None for a run without validation
@@ -141,6 +141,8 @@ class DensekitRunner(Runner):
     ) -> dict:
         """Loads weights that must fit the model exactly.
 
+        Those of another project are renamed. Before training, ``load_from`` (not ``resume``) may have other classes.
+
         Args:
             filename: a ``.pth`` or ``.safetensors`` file, or an ``https://`` address.
             map_location: device of the tensors.
@@ -157,11 +159,18 @@ class DensekitRunner(Runner):
         checkpoint = read_checkpoint(filename, map_location)
         # mmengine's resume executes this text as Python; densekit does not run what a checkpoint says.
         checkpoint.get('meta', {}).pop('config', None)
-        self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         model = self._bare_model()
-        model.load_state_dict(fitting_weights(filename, checkpoint, model))
+        weights, changes, transfer = self._under_own_names(filename, checkpoint)
+        if transfer is not None:
+            transfer.start_afresh()
+            weights = transfer.apply(weights, model)
+        check_fit(filename, weights, model)
+        checkpoint['state_dict'] = weights  # where the hook of averaged weights looks for them as well
+        self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+        model.load_state_dict(checkpoint['state_dict'])
         self._has_loaded = True
-        self.logger.info(f'Loaded every weight of the model from {filename}')
+        by_name = '' if transfer is None or transfer.changes_nothing else ', its classes by name'
+        self.logger.info(f'Loaded every weight of the model from {filename}{by_name}{changes and f" ({changes})"}')
         return checkpoint
 
     def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
@@ -186,6 +195,37 @@ class DensekitRunner(Runner):
                 f'{said}: by the linear rule the learning rate is {recipe / batch:.3g} x what it should be. '
                 '--cfg-options auto_scale_lr.enable=True scales it.'
             )
+
+    def _check_checkpoint(self, filename: str, loops: tuple[str, ...]) -> None:
+        """Finds out whether :meth:`load_checkpoint` is going to succeed; the model is not changed."""
+        checkpoint = read_checkpoint(filename)
+        training = 'train' in loops
+        classes = dataset_classes(getattr(self, f'_{"train" if training else loops[0]}_dataloader'))
+        check_classes(self._bare_model(), classes, 'train' if training else loops[0])
+        if training and not self._resume:
+            self._classes = classes
+        else:
+            warning = check_class_order(filename, checkpoint, classes)
+            if warning:
+                self.logger.warning(warning)
+        weights, _, transfer = self._under_own_names(filename, checkpoint)
+        if transfer is not None:
+            weights = transfer.apply(weights, self._bare_model())
+        check_fit(filename, weights, self._bare_model())
+        if training and self._resume:
+            check_resumable(filename, checkpoint, self.optim_wrapper)
+        if str(transfer or ''):
+            self.logger.info(str(transfer))
+
+    def _under_own_names(self, filename: str, checkpoint: dict) -> tuple[dict[str, Tensor], str, ClassTransfer | None]:
+        """A checkpoint's weights, in words what was changed, and where the rows of its classes belong."""
+        model = self._bare_model()
+        if self._resume:
+            return own_weights(filename, checkpoint), '', None
+        weights, changes = converted_weights(filename, checkpoint, model)
+        if not self._classes:
+            return weights, changes, None
+        return weights, changes, plan_transfer(filename, checkpoint, weights, model, self._classes)
 
     def _global_batch(self, optim_wrapper: OptimWrapper) -> int:
         loader = self._train_dataloader

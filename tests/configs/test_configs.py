@@ -30,9 +30,9 @@ from densekit.engine.config_check import check_types
 
 SCOPES = {'detection': 'mmdet', 'segmentation': 'mmseg'}
 SIZES = dict(a='atto', f='femto', p='pico', n='nano', t='tiny', s='small', b='base', l='large', xl='xlarge', h='huge')
-# <method>_convnext[v2]_<size>[_<pretraining>][_<schedule>]_<dataset>; mini is no size of a paper
+# <method>_convnext[v2]_<size>[_<pretraining>][_<schedule>]_<dataset>; mini is no size of a paper, roadmap has T's
 GRAMMAR = re.compile(
-    r'[a-z0-9_]+?_convnext(?P<version>v2)?_(?P<size>mini|[a-z]{1,2})(_[a-z0-9]+)*_(coco|ade20k|shapes)'
+    r'[a-z0-9_]+?_(convnext(?P<version>v2)?_(?P<size>mini|[a-z]{1,2})|roadmap)(_[a-z0-9]+)*_(coco|ade20k|shapes)'
 )
 # Gradients that may be zero: Cascade's RPN passes over anchors that leave the image, and at strides of 16 and more
 # none fits into the test's 96 pixels.
@@ -119,7 +119,7 @@ def test_name_follows_the_grammar_and_tells_the_truth(path):
     if match['size'] == 'mini':
         assert (backbone.depths, backbone.channels) not in ARCHS.values()
     else:
-        assert (backbone.depths, backbone.channels) == ARCHS[SIZES[match['size']]]
+        assert (backbone.depths, backbone.channels) == ARCHS[SIZES[match['size'] or 't']]
     assert (backbone.stages[0][0].grn is not None) == bool(match['version'])
 
 
@@ -181,7 +181,7 @@ def test_training_ends_with_its_schedule_a_checkpoint_and_a_validation(path):
     assert end % checkpoint.interval == 0 and end % cfg.train_cfg.val_interval == 0
 
 
-SMALL = [path for path in RECIPES if GRAMMAR.fullmatch(path.stem)['size'] in ('mini', 't')]
+SMALL = [path for path in RECIPES if GRAMMAR.fullmatch(path.stem)['size'] in ('mini', 't', None)]
 
 
 @pytest.mark.parametrize('amp', ['off', 'bf16'])
