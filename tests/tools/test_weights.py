@@ -46,6 +46,7 @@ def downloads(tmp_path, monkeypatch):
     monkeypatch.delenv('DENSEKIT_WEIGHTS', raising=False)
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'cache'))
     monkeypatch.setattr(backbones.files, 'urlopen', urlopen)
+    monkeypatch.setattr(backbones.files, 'print_log', lambda *_, **__: None)  # to the stream of an earlier test
     return asked
 
 
