@@ -1,6 +1,6 @@
 """UperNet with a ConvNeXt-Atto, overfitted to the three ADE20K photographs of DENSEKIT_SAMPLES.
 
-352 x 256 pixels, no augmentation, random initialization.
+The 15 classes that occur there, 352 x 256 pixels, no augmentation, random initialization.
 """
 
 _base_ = [
@@ -20,6 +20,13 @@ model = dict(
         in_channels=[40, 80, 160, 320],
         channels=64,
         dropout_ratio=0.0,
+        num_classes=15,
+        # Signboard and streetlight cover 119 and 158 of 270,336 pixels at this size: cross entropy learns them last,
+        # the Lovasz loss counts every class that is present alike.
+        loss_decode=[
+            dict(type='CrossEntropyLoss', loss_weight=1.0, loss_name='loss_ce'),
+            dict(type='LovaszLoss', reduction='none', loss_weight=1.0, loss_name='loss_lovasz'),
+        ],
     ),
     auxiliary_head=None,
     test_cfg=dict(_delete_=True, mode='whole'),
@@ -28,6 +35,12 @@ model = dict(
 samples = '{{$DENSEKIT_SAMPLES:.}}/ade20k_val_sample'
 photographs = dict(
     data_root=samples,
+    metainfo=dict(
+        classes=[
+            *['wall', 'building', 'sky', 'tree', 'road', 'grass', 'sidewalk', 'earth', 'plant', 'car'],
+            *['signboard', 'bus', 'streetlight', 'escalator', 'van'],
+        ]
+    ),
     data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation'),
 )
 train_pipeline = [
@@ -48,8 +61,8 @@ train_dataloader = dict(
 val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(pipeline=test_pipeline, **photographs))
 test_dataloader = val_dataloader
 
-max_iters = 250
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=50)
+max_iters = 400
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=80)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 param_scheduler = [

@@ -78,12 +78,7 @@ def test_a_recipe_takes_a_step(path, where, number):
     ('config', 'metric', 'bar'),
     [
         ('overfit_mask_rcnn.py', 'coco/bbox_mAP_50', 0.9),
-        pytest.param(
-            'overfit_upernet.py',
-            'mIoU',
-            90,
-            marks=pytest.mark.xfail(reason='88.2 so far: benchmarks/overfit_photos.md'),
-        ),
+        ('overfit_upernet.py', 'mIoU', 90),
     ],
 )
 def test_photographs_are_learned_by_heart(config, metric, bar, command, tmp_path):
