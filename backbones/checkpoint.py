@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from mmengine.logging import print_log
 from mmengine.model.weight_init import update_init_info
 from mmengine.registry import WEIGHT_INITIALIZERS
@@ -71,8 +72,8 @@ def load_pretrained(
         checkpoint: a file, a folder with one, an ``https://`` address, a name of the catalogue, or a dictionary
             already read.
         prefix: take only the keys that begin so, without it (``'backbone.'`` for a trained detector).
-        strict: raise where weights do not fit. Otherwise what fits is loaded and the report says what did not; names
-            that belong to no known ConvNeXt are an error in any case.
+        strict: raise where weights do not fit. Otherwise what fits is loaded, and report and log say what did not;
+            names that belong to no known ConvNeXt, and weights of which nothing fits, are an error in any case.
         trust_pickle: see :func:`backbones.files.read_checkpoint`.
 
     Returns:
@@ -80,7 +81,8 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if keys or shapes do not fit; the message lists them. The backbone is unchanged then.
+        ValueError: if keys or shapes do not fit, or values are not finite; the message lists them. The backbone is
+            unchanged then.
     """
     if isinstance(checkpoint, Mapping):
         name, content = 'the given dictionary', checkpoint
@@ -88,18 +90,30 @@ def load_pretrained(
         name = str(checkpoint)
         content = read_checkpoint(checkpoint, mmap=True, trust_pickle=trust_pickle)
     try:
-        weights = _with_prefix(state_dict_of(content), prefix)
+        weights = with_prefix(state_dict_of(content), prefix)
         converted, source = convert_state_dict(weights)
     except ValueError as error:
-        raise ValueError(f'checkpoint {name}: {error}') from error
+        below = f' (behind the prefix {prefix!r})' if prefix else ''
+        raise ValueError(f'checkpoint {name}{below}: {error}') from error
 
     report, fitting = _compare(converted, backbone, source)
     # A classifier has at most the last of these norms (OpenMMLab's files name it norm3), a detector has all.
     from_classifier = not any(re.match(_OF_A_DETECTOR, key) for key in converted)
-    lacking = [key for key in report.missing if not (from_classifier and re.match(_NOT_IN_CLASSIFIERS, key))]
+    lacking = [
+        key
+        for key in report.missing
+        if key not in converted and not (from_classifier and re.match(_NOT_IN_CLASSIFIERS, key))
+    ]
+    infinite = [key for key, value in fitting.items() if not torch.isfinite(value).all()]
+    if infinite:
+        raise ValueError(f'checkpoint {name} has values that are not finite: {some(infinite)}. Nothing was loaded.')
+    if not fitting:
+        raise ValueError(_refusal(name, backbone, report, lacking, converted))
     if strict and (lacking or report.unexpected or report.misshapen):
         raise ValueError(_refusal(name, backbone, report, lacking, converted))
     backbone.load_state_dict(fitting, strict=False)
+    if not strict:
+        print_log(f'{type(backbone).__name__} loaded as far as it fits from {name}: {report}', logger='current')
     return report
 
 
@@ -161,7 +175,12 @@ class PretrainedBackbone:
         print_log(f'{type(module).__name__} initialized from {self.checkpoint}: {report}', logger='current')
 
 
-def _with_prefix(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def with_prefix(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights whose names begin with a prefix, without it; all of them where there is none.
+
+    Raises:
+        ValueError: if no name begins so.
+    """
     if not prefix:
         return weights
     prefix = prefix.rstrip('.') + '.'
@@ -200,5 +219,8 @@ def _refusal(
     ):
         if keys:
             lines.append(f'  {len(keys)} {what}: {some(keys)}')
-    lines.append('Nothing was loaded. Give the arch, use_grn and layer scale of these weights, or other weights.')
+    lines.append(
+        'Nothing was loaded. Give the arch, use_grn, layer scale, kernel size and image channels of these weights, '
+        'or other weights.'
+    )
     return '\n'.join(lines)

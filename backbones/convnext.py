@@ -198,8 +198,12 @@ class ConvNeXt(BaseModule):
             raise ValueError(f'layer_scale_init_value={layer_scale_init_value}: give a positive number, or 0 for none')
         if use_grn and layer_scale_init_value is DEFAULT_LAYER_SCALE:
             layer_scale_init_value = 0.0
-        if kernel_size not in (3, 5, 7, 9, 11):
-            raise ValueError(f'kernel_size={kernel_size}: give 3, 5, 7, 9 or 11')
+        if not isinstance(kernel_size, int) or kernel_size not in (3, 5, 7, 9, 11):
+            raise ValueError(f'kernel_size={kernel_size!r}: give 3, 5, 7, 9 or 11')
+        if not (isinstance(in_channels, int) and in_channels >= 1 and isinstance(stem_patch_size, int)):
+            raise ValueError(f'in_channels={in_channels!r}, stem_patch_size={stem_patch_size!r}: give whole numbers')
+        if not 1 <= stem_patch_size <= 32:
+            raise ValueError(f'stem_patch_size={stem_patch_size}: give 1 to 32; the paper has 4')
         if norm_cfg is DEFAULT_NORM and arch == 'xxlarge':
             norm_cfg = dict(type='LN2d', eps=1e-5)
         eps = _layer_norm_eps(norm_cfg)
@@ -315,6 +319,8 @@ class ConvNeXt(BaseModule):
         depths = tuple(map(len, blocks))
         keys = [f'stages.{i}.0.dwconv.bias' for i in range(NUM_STAGES)]
         channels = tuple(weights[key].shape[0] if key in weights else 0 for key in keys)
+        if not any(channels):
+            return 'no ConvNeXt'
         names = [name for name, sizes in ARCHS.items() if sizes == (depths, channels)]
         size = names[0] if names else f'with {depths} blocks of {channels} channels'
         version = 'V2' if any('.grn.' in key for key in weights) else 'V1'
@@ -373,8 +379,11 @@ def _nearest_arch(arch: str) -> str | None:
 
 def _strides_and_dilations(stem_patch_size: int, output_stride: int) -> tuple[list[int], list[int]]:
     """Of each stage. Source: ConvNeXt in timm 1.0.31, timm/models/convnext.py."""
-    if output_stride not in (8, 16, 32):
-        raise ValueError(f'output_stride={output_stride}: give 32, 16 or 8')
+    if output_stride not in (8, 16, 32) or output_stride < stem_patch_size:
+        raise ValueError(
+            f'output_stride={output_stride}: give 32, 16 or 8, and not less than the stem, which has '
+            f'stem_patch_size={stem_patch_size}'
+        )
     strides, dilations = [stem_patch_size], [1]
     for _ in range(NUM_STAGES - 1):
         dilated = strides[-1] >= output_stride
@@ -409,7 +418,10 @@ def _activation(act_cfg: Mapping[str, Any]) -> nn.Module:
     kind = arguments.pop('type', None)
     if kind not in ACTIVATIONS:
         raise ValueError(f'act_cfg has type {kind!r}; choose from {", ".join(ACTIVATIONS)}')
-    return ACTIVATIONS[kind](**arguments)
+    try:
+        return ACTIVATIONS[kind](**arguments)
+    except TypeError as error:
+        raise ValueError(f'act_cfg={dict(act_cfg)}: {error}') from error
 
 
 def _with_strict_loader(

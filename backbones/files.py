@@ -1,9 +1,11 @@
 """Files of weights: found, downloaded whole or not at all, and read without executing anything in them."""
 
+import argparse
 import hashlib
 import importlib
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -43,6 +45,7 @@ _MULTIARRAY = importlib.import_module('numpy._core.multiarray' if find_spec('num
 # What mmengine's own checkpoints hold besides tensors and plain Python: loss histories as NumPy arrays. None of these
 # can run code of the file. Files written under NumPy 1 name the same functions numpy.core instead of numpy._core.
 _SAFE_GLOBALS: list[Any] = [
+    argparse.Namespace,  # the options of a run, which the official training code keeps; it only takes attributes
     HistoryBuffer,
     (_statistic_of_history, 'builtins.getattr'),
     np.ndarray,
@@ -99,10 +102,12 @@ def read_checkpoint(
     except (MemoryError, PermissionError, torch.OutOfMemoryError, _UnsafeTorch):
         raise  # nothing is wrong with the file
     except Exception as error:  # a damaged file fails wherever its bytes happen to lead: IndexError, TypeError, ...
-        copy = f' Its copy is {path}.' if str(path) != name else ''
+        advice = 'Copy or download it again'
+        if name in ZOO or '://' in name:
+            advice = f'Delete the copy, {path}, to download it again'
         raise ValueError(
             f'checkpoint {name} cannot be read ({path.stat().st_size:,} bytes): it is no PyTorch file, truncated or '
-            f'damaged. Delete it and copy or download it again.{copy} ({_first_line(error)})'
+            f'damaged. {advice}. ({_first_line(error)})'
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f'checkpoint {name} holds a {type(content).__name__}; expected a dictionary of tensors')
@@ -121,7 +126,10 @@ def state_dict_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
         if isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    tensors = {str(key).removeprefix('module.'): value for key, value in content.items() if isinstance(value, Tensor)}
+    found = [(str(key).removeprefix('module.'), value) for key, value in content.items() if isinstance(value, Tensor)]
+    tensors = dict(found)
+    if len(tensors) < len(found):
+        raise ValueError("the file has some tensors twice, with 'module.' before their names and without; save one set")
     if not tensors:
         raise ValueError(
             f"no weights found: the file's top-level keys are {some(content)}; expected tensors there, "
@@ -145,7 +153,10 @@ def local_file(name: str) -> Path:
     if '://' in name:
         if not name.startswith('https://'):
             raise ValueError(f'checkpoint {name}: only https:// addresses and files are read')
-        return _in_local_folder(cached_copy(name).name) or _downloaded(name)
+        weights = next((weights for weights in ZOO.values() if weights.address == name), None)
+        return _in_local_folder(cached_copy(name).name) or _downloaded(name, weights)
+    if not name:
+        raise ValueError("checkpoint '' names nothing; give a file, a folder, an https:// address or a catalogue name")
     path = Path(name).expanduser()
     if path.is_dir():
         return _file_of_folder(path)
@@ -204,6 +215,11 @@ def _file_of_folder(folder: Path) -> Path:
         return safe[0]
     if not safe:
         raise FileNotFoundError(f'checkpoint {folder} is a folder without a file of weights ({", ".join(SUFFIXES)})')
+    if any(re.search(r'-\d+-of-\d+\.', path.name) for path in safe):
+        raise ValueError(
+            f'checkpoint {folder} is a folder with weights in several parts, which are not put together here: '
+            "transformers' save_pretrained(..., max_shard_size='20GB') writes one file"
+        )
     raise ValueError(f'checkpoint {folder} is a folder with several files of weights; give one: {some(safe)}')
 
 
@@ -212,7 +228,8 @@ def _file_of_catalogue(weights: Weights) -> Path:
         found = local_copy(weights)
         if found is None:
             return _downloaded(weights.address, weights)
-        if found.name == weights.file:  # another name is the user's own, such as that of a converted file
+        # Under another name it is the user's own, such as a converted file.
+        if found.name in (weights.file, Path(weights.address).name):
             _check_sha256(found, weights)
         return found
     except ValueError as error:
@@ -238,7 +255,12 @@ def _downloaded(address: str, weights: Weights | None = None) -> Path:
     cached = cached_copy(address)
     if cached.is_file():
         return cached
-    cached.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f'{address} cannot be downloaded: {cached.parent} cannot be made ({error}). TORCH_HOME names another place.'
+        ) from error
     partial = cached.with_name(f'{cached.name}.partial')
     with FileLock(f'{cached}.lock'):  # of several processes one downloads, and the others wait for it
         if cached.is_file():

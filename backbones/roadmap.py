@@ -222,6 +222,17 @@ class ConvNeXtRoadmap(ConvNeXt):
         if not rung.separate_downsampling:
             self._take_back(rung, widths, in_channels, drop_path_rate)
 
+    @staticmethod
+    def describe_weights(weights: Mapping[str, Tensor]) -> str:
+        """Says in words of which step some weights are, as far as their names tell.
+
+        Args:
+            weights: names and tensors, under our names.
+        """
+        if any('.conv2.' in key for key in weights):
+            return 'a step before ' + list(RUNGS)[-1]
+        return ConvNeXt.describe_weights(weights)
+
     def _take_back(self, rung: Rung, widths: Sequence[int], in_channels: int, drop_path_rate: float) -> None:
         """Puts the layers of an earlier rung in the place of ConvNeXt's."""
         self.downsample_layers = nn.ModuleList([_stem(rung, in_channels, widths[0])])

@@ -56,6 +56,13 @@ class Weights:
         return f'{self.name}.safetensors' if file == 'model.safetensors' else file
 
     @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of the three channels that they were trained with, of values from 0 to 255."""
+        if '.clip_' in self.name:  # OpenAI's, also where ImageNet followed
+            return (122.771, 116.746, 104.094), (68.501, 66.632, 70.323)
+        return (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+    @property
     def kwargs(self) -> dict[str, Any]:
         """The arguments of the backbone that these weights need."""
         kwargs: dict[str, Any] = dict(arch=self.arch)

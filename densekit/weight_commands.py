@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from backbones.checkpoint import with_prefix
 from backbones.files import local_copy, local_file, read_checkpoint, some, state_dict_of
 from backbones.formats import convert_state_dict
 from backbones.zoo import ZOO, Weights, nearest
@@ -72,6 +73,7 @@ def describe(name: str) -> str:
         'local copy': copy or 'none',
     }
     init_cfg = dict(type='Pretrained', checkpoint=weights.name)
+    mean, std = map(list, weights.normalization)
     folder = os.environ.get('DENSEKIT_WEIGHTS')
     where = f'{folder} (DENSEKIT_WEIGHTS)' if folder else 'a folder, name that in DENSEKIT_WEIGHTS,'
     return '\n'.join(
@@ -82,7 +84,8 @@ def describe(name: str) -> str:
             'In a config:',
             '  backbone=dict(',
             f'      {_arguments(dict(type=weights.model, **weights.kwargs))},',
-            f'      {_arguments(dict(init_cfg=init_cfg))})',
+            f'      {_arguments(dict(init_cfg=init_cfg))}),',
+            f'  data_preprocessor=dict({_arguments(dict(mean=mean, std=std))}),',
             '',
             f'Without a connection, put the file into {where} and call it',
             f'  {weights.file}',
@@ -114,12 +117,13 @@ def fetch(names: Sequence[str], *, to: str | None = None) -> Iterator[str]:
         yield f'DENSEKIT_WEIGHTS={to} makes them found there.'
 
 
-def convert(source: str, out: str) -> str:
+def convert(source: str, out: str, *, prefix: str = '') -> str:
     """Writes the weights of a backbone under our names, as safetensors, whole or not at all.
 
     Args:
         source: what :func:`backbones.files.local_file` finds.
         out: file to write. Its metadata name the source's format and file, and the version of densekit.
+        prefix: take only the keys that begin so.
 
     Returns:
         What was written, and what was left out.
@@ -132,7 +136,7 @@ def convert(source: str, out: str) -> str:
     path = local_file(source)
     content = read_checkpoint(path)
     try:
-        converted, format_ = convert_state_dict(state_dict_of(content))
+        converted, format_ = convert_state_dict(with_prefix(state_dict_of(content), prefix))
     except ValueError as error:
         raise ValueError(f'checkpoint {source}: {error}') from error
     tensors = {name: value.contiguous() for name, value in converted.items() if value is not None}

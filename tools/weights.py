@@ -19,6 +19,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     fetch.add_argument('--to', metavar='FOLDER', help='copy them there, for a machine without a connection')
     convert = commands.add_parser('convert', help="write weights under densekit's names")
     convert.add_argument('source', metavar='SOURCE', help='file, folder, https:// address or name in the catalogue')
+    convert.add_argument('--prefix', default='', help='take only the tensors whose names begin so')
     convert.add_argument('out', metavar='OUT.safetensors', help='file to write; it must not exist')
     return parser.parse_args(argv)
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for line in weight_commands.fetch(args.names, to=args.to):
                     print(line, flush=True)
             else:
-                print(weight_commands.convert(args.source, args.out))
+                print(weight_commands.convert(args.source, args.out, prefix=args.prefix))
 
     return exit_status(action)
 

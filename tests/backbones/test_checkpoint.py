@@ -227,12 +227,43 @@ def test_weights_of_another_size(source):
     assert_equal(target, before, before)
 
 
+def test_a_misshapen_tensor_is_not_called_missing(source):
+    with pytest.raises(ValueError, match=r'7 of another shape.*dwconv') as error:
+        load_pretrained(ConvNeXt(MINI, kernel_size=5), official(source))
+    assert 'missing' not in str(error.value)
+    assert 'kernel size' in str(error.value)
+
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_weights_of_which_nothing_fits(strict, source):
+    with pytest.raises(ValueError, match='Nothing was loaded'):
+        load_pretrained(ConvNeXt('tiny'), official(source), strict=strict)
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_values_that_are_not_finite(value, source, target):
+    content, before = official(source), state(target)
+    content['model']['stages.2.0.pwconv1.weight'][3, 5] = value
+    with pytest.raises(ValueError, match=r'not finite: stages\.2\.0\.pwconv1\.weight'):
+        load_pretrained(target, content)
+    assert_equal(target, before, before)
+
+
+def test_the_same_tensor_with_and_without_module(source, target):
+    weights = state(source)
+    weights['module.norm1.weight'] = weights['norm1.weight'] + 1
+    with pytest.raises(ValueError, match=r"some tensors twice, with 'module\.' before their names"):
+        load_pretrained(target, weights)
+
+
 def test_v1_weights_into_v2(source):
     with pytest.raises(ValueError, match=r'14 missing in the file: stages\.0\.0\.grn\.gamma'):
         load_pretrained(ConvNeXt(MINI, use_grn=True, layer_scale_init_value=1.0), official(source))
 
 
-def test_not_strict_reports_what_did_not_fit(source, target):
+def test_not_strict_reports_what_did_not_fit(source, target, monkeypatch):
+    lines = []
+    monkeypatch.setattr('backbones.checkpoint.print_log', lambda message, **_: lines.append(message))
     content = official(source)
     content['model']['stages.0.0.gamma'] = torch.ones(9)
     content['model']['stages.3.1.gamma'] = torch.ones(32)
@@ -241,6 +272,7 @@ def test_not_strict_reports_what_did_not_fit(source, target):
     report = load_pretrained(target, content, strict=False)
     assert report.misshapen == ['stages.0.0.gamma (9,) for (8,)']
     assert report.unexpected == ['stages.3.1.gamma']
+    assert len(lines) == 1 and 'of another shape (file, model): stages.0.0.gamma' in lines[0]
     assert {'stages.0.0.gamma', 'stages.0.0.norm.bias'} <= set(report.missing)
     assert_equal(target, before, report.missing)
     assert_equal(target, state(source), report.loaded)

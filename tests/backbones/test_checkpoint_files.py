@@ -1,5 +1,6 @@
 """Files that are damaged, missing or meant to do harm, and mmengine's own."""
 
+import argparse
 import pickle
 import zipfile
 from pathlib import Path
@@ -153,6 +154,13 @@ def test_mmengine_checkpoint_is_read_safely(source, target, tmp_path):
     assert_equal(target, state(source), state(source))
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)  # and it allows it for its own reading only
+
+
+def test_options_of_a_run_are_plain_data(source, target, tmp_path):
+    content = {**official(source), 'args': argparse.Namespace(lr=4e-3, model='convnext_tiny')}
+    path = saved(content, tmp_path)
+    assert read_checkpoint(path)['args'].lr == 4e-3
+    load_pretrained(target, path)
 
 
 def test_mmengine_checkpoint_written_under_numpy_1(source, tmp_path):

@@ -342,6 +342,13 @@ def test_found_from_every_registry(registry):
         (dict(frozen_stages=5), r'frozen_stages=5'),
         (dict(frozen_stages=-2), r'frozen_stages=-2'),
         (dict(gap_before_final_norm=True), r'gap_before_final_norm'),
+        (dict(kernel_size=4), r'kernel_size=4: give 3, 5'),
+        (dict(kernel_size='7'), r"kernel_size='7'"),
+        (dict(output_stride=4), r'output_stride=4: give 32, 16 or 8'),
+        (dict(output_stride=8, stem_patch_size=16), r'output_stride=8: .*not less than the stem'),
+        (dict(in_channels=0), r'in_channels=0'),
+        (dict(stem_patch_size=0), r'stem_patch_size=0: give 1 to 32'),
+        (dict(act_cfg=dict(type='GELU', approx='tanh')), r'act_cfg=.*approx'),
     ],
 )
 def test_mistakes_are_explained(options, said):

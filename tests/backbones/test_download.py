@@ -198,6 +198,40 @@ def test_a_folder(source, target, tmp_path):
         load_pretrained(target, tmp_path)
 
 
+def test_a_folder_with_parts(source, tmp_path):
+    for i in (1, 2):
+        save_file({'weight': torch.ones(1)}, tmp_path / f'model-0000{i}-of-00002.safetensors')
+    with pytest.raises(ValueError, match=r'in several parts.*max_shard_size'):
+        local_file(str(tmp_path))
+
+
+def test_an_empty_name(tmp_path, monkeypatch, source):
+    torch.save(official(source), tmp_path / 'weights.pth')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="checkpoint '' names nothing"):
+        local_file('')
+
+
+def test_a_cache_that_cannot_be_made(internet, tmp_path, monkeypatch):
+    (tmp_path / 'file').touch()
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'file'))
+    with pytest.raises(ValueError, match=r'cannot be made .*TORCH_HOME names another place'):
+        local_file(ADDRESS)
+
+
+@pytest.mark.parametrize('form', ['folder', 'address'])
+def test_the_checksum_holds_however_the_file_is_named(form, internet, tmp_path, monkeypatch, home):
+    entry = dataclasses.replace(ZOO[NAME], sha256=64 * '0')
+    monkeypatch.setitem(ZOO, NAME, entry)
+    if form == 'folder':
+        (tmp_path / NAME).mkdir()
+        (tmp_path / NAME / 'model.safetensors').write_bytes(internet.data)
+        monkeypatch.setenv('DENSEKIT_WEIGHTS', str(tmp_path))
+    with pytest.raises(ValueError, match='is not the published file'):
+        local_file(NAME if form == 'folder' else entry.address)
+    assert kept(home) == []
+
+
 def slow_download(results):
     """One of several processes that want the same file."""
 

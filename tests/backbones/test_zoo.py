@@ -127,6 +127,9 @@ def test_timm_says_the_same(name):
     assert ZOO[name].address == f'https://huggingface.co/{cfg(name).hf_hub_id}/resolve/main/model.safetensors'
     assert ZOO[name].resolution == cfg(name).input_size[-1]
     assert ZOO[name].license == cfg(name).license
+    mean, std = ZOO[name].normalization
+    assert mean == pytest.approx([255 * value for value in cfg(name).mean], abs=1e-3)
+    assert std == pytest.approx([255 * value for value in cfg(name).std], abs=1e-3)
 
 
 @pytest.mark.parametrize('size', ['tiny', 'small', 'base', 'large'])

@@ -118,8 +118,10 @@ def test_show_has_the_lines_for_a_config(weights, name):
     shown = weights('show', name)
     for value in (ZOO[name].address, ZOO[name].license, f'{ZOO[name].parameters:,}', f'{ZOO[name].resolution} px'):
         assert value in shown
-    lines = re.search(r'backbone=(dict\(.*\))\n\n', shown, re.DOTALL)[1]
-    backbone = eval(lines, {'__builtins__': {}, 'dict': dict})
+    lines = re.search(r'(backbone=dict\(.*\),)\n\n', shown, re.DOTALL)[1]
+    model = eval(f'dict({lines})', {'__builtins__': {}, 'dict': dict})
+    assert tuple(map(tuple, model['data_preprocessor'].values())) == ZOO[name].normalization
+    backbone = model['backbone']
     assert backbone.pop('init_cfg') == dict(type='Pretrained', checkpoint=name)
     assert backbone == dict(type='ConvNeXt', **ZOO[name].kwargs)
 
