@@ -25,7 +25,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         '--resume=CKPT goes on from that one',
     )
     parser.add_argument('--amp', choices=('bf16', 'fp16', 'off'), help='precision (default: as in the config)')
-    parser.add_argument('--dry-run', action='store_true', help='build and check all that training needs, then stop')
+    parser.add_argument(
+        '--dry-run',
+        action='store_true',
+        help='build and check all that training needs, show it in tables, stop; status 1 if it contradicts itself',
+    )
     parser.add_argument(
         '--cfg-options', nargs='+', action='extend', default=[], metavar='k=v', help='change keys of the config'
     )
@@ -34,21 +38,24 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    problems: list[str] = []
 
     def action() -> None:
         from densekit.engine.launch import train  # late, so that --help answers at once
 
-        train(
-            args.config,
-            work_dir=args.work_dir,
-            load_from=args.load_from,
-            resume=args.resume,
-            amp=args.amp,
-            dry_run=args.dry_run,
-            options=args.cfg_options,
+        problems.extend(
+            train(
+                args.config,
+                work_dir=args.work_dir,
+                load_from=args.load_from,
+                resume=args.resume,
+                amp=args.amp,
+                dry_run=args.dry_run,
+                options=args.cfg_options,
+            )
         )
 
-    return exit_status(action)
+    return exit_status(action) or int(bool(problems))
 
 
 if __name__ == '__main__':

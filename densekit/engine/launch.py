@@ -12,6 +12,7 @@ from mmengine.registry import RUNNERS, init_default_scope
 from densekit.cli import check_writable, user_errors
 from densekit.engine.config import load_config, set_amp
 from densekit.engine.distributed import end_process_group, prepare_launcher
+from densekit.engine.dry_run import rehearse
 from densekit.engine.runner import DensekitRunner
 from densekit.report.tables import metrics_table
 
@@ -25,7 +26,7 @@ def train(
     amp: str | None = None,
     dry_run: bool = False,
     options: Sequence[str] = (),
-) -> None:
+) -> list[str]:
     """Trains and validates a recipe.
 
     Args:
@@ -35,8 +36,11 @@ def train(
         resume: '' to go on from the newest checkpoint in the work folder, 'auto' the same but from the start if there
             is none, else the checkpoint to go on from.
         amp: 'bf16', 'fp16' or 'off'; default as in the config.
-        dry_run: stop when all that training needs is built and checked.
+        dry_run: build and check all that training needs and show what it is; do not train.
         options: ``key=value`` texts that change the config.
+
+    Returns:
+        What a dry run found inconsistent; empty after training.
 
     Raises:
         UserError: if something given cannot be used.
@@ -60,12 +64,15 @@ def train(
                 f'--resume: no checkpoint in {cfg.work_dir}. Give --work-dir of the run, --resume=CHECKPOINT, or '
                 '--resume=auto to start from the beginning when there is none.'
             )
-        runner.prepare('train', 'val')
-    if dry_run:
-        print_log('Model, weights and data are in order; this is a dry run and ends here.', logger='current')
-    else:
+        problems: list[str] = []
+        if dry_run:
+            problems = rehearse(runner)
+        else:
+            runner.prepare('train', 'val')
+    if not dry_run:
         runner.train()
     end_process_group()
+    return problems
 
 
 def test(

@@ -104,22 +104,29 @@ class DensekitRunner(Runner):
         """
         if self._prepared.issuperset(loops):
             return
-        training = 'train' in loops
-        check_channels(self._bare_model())
-        if training:
+        self.prepare_model(*loops)
+        self.prepare_data(*loops)
+        if not self._prepared:
+            super()._log_env(self._env_cfg)
+        self._prepared.update(loops)
+
+    def prepare_model(self, *loops: str) -> None:
+        """The first half of :meth:`prepare`: optimizer and weights."""
+        check_channels(self.bare_model())
+        if 'train' in loops:
             self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
         self._init_model_weights()
         if self._load_from is not None and not self._has_loaded:
             self._check_checkpoint(self._load_from, loops)
+
+    def prepare_data(self, *loops: str) -> None:
+        """The second half of :meth:`prepare`: data sets, and whether the model has their classes."""
         check_dataset_files(self.cfg, loops)
         for loop in loops:
             built = getattr(self, f'{loop}_loop')  # with its data sets; None for a run without validation
             if built is not None:
                 metainfo = getattr(built.dataloader.dataset, 'metainfo', {})
-                check_classes(self._bare_model(), metainfo.get('classes'), loop)
-        if not self._prepared:
-            super()._log_env(self._env_cfg)
-        self._prepared.update(loops)
+                check_classes(self.bare_model(), metainfo.get('classes'), loop)
 
     def train(self) -> nn.Module:
         """Trains and validates."""
@@ -156,10 +163,12 @@ class DensekitRunner(Runner):
             FileNotFoundError: if there is no such file.
             ValueError: if it cannot be read, or its keys or shapes do not fit the model.
         """
-        checkpoint = read_checkpoint(filename, map_location)
+        checkpoint = read_checkpoint(
+            filename, map_location, trust_pickle=self._resume
+        )  # a run's own file is no stranger's
         # mmengine's resume executes this text as Python; densekit does not run what a checkpoint says.
         checkpoint.get('meta', {}).pop('config', None)
-        model = self._bare_model()
+        model = self.bare_model()
         weights, changes, transfer = self._under_own_names(filename, checkpoint)
         if transfer is not None:
             transfer.start_afresh()
@@ -182,7 +191,7 @@ class DensekitRunner(Runner):
         recipe = (auto_scale_lr or {}).get('base_batch_size')
         if enabled and not recipe:
             raise ValueError('auto_scale_lr needs base_batch_size, the global batch that its learning rate is for')
-        batch = self._global_batch(optim_wrapper)
+        batch = self.global_batch(optim_wrapper)
         if not recipe or batch == recipe:
             return
         said = f'The global batch is {batch} and the recipe was made for {recipe}'
@@ -196,22 +205,33 @@ class DensekitRunner(Runner):
                 '--cfg-options auto_scale_lr.enable=True scales it.'
             )
 
+    def global_batch(self, optim_wrapper: OptimWrapper) -> int:
+        """The images that one step of the optimizer sees, in all processes and accumulated batches."""
+        loader = self._train_dataloader
+        per_process = loader['batch_size'] if isinstance(loader, dict) else loader.batch_size
+        return per_process * self.world_size * getattr(optim_wrapper, '_accumulative_counts', 1)
+
+    def bare_model(self) -> nn.Module:
+        """The model without what wraps it."""
+        model = self.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        return model
+
     def _check_checkpoint(self, filename: str, loops: tuple[str, ...]) -> None:
         """Finds out whether :meth:`load_checkpoint` is going to succeed; the model is not changed."""
-        checkpoint = read_checkpoint(filename)
+        checkpoint = read_checkpoint(filename, trust_pickle=self._resume)
         training = 'train' in loops
         classes = dataset_classes(getattr(self, f'_{"train" if training else loops[0]}_dataloader'))
-        check_classes(self._bare_model(), classes, 'train' if training else loops[0])
+        check_classes(self.bare_model(), classes, 'train' if training else loops[0])
         if training and not self._resume:
             self._classes = classes
-        else:
-            warning = check_class_order(filename, checkpoint, classes)
-            if warning:
-                self.logger.warning(warning)
         weights, _, transfer = self._under_own_names(filename, checkpoint)
         if transfer is not None:
-            weights = transfer.apply(weights, self._bare_model())
-        check_fit(filename, weights, self._bare_model())
+            weights = transfer.apply(weights, self.bare_model())
+        elif warning := check_class_order(filename, checkpoint, classes):
+            self.logger.warning(warning)
+        check_fit(filename, weights, self.bare_model())
         if training and self._resume:
             check_resumable(filename, checkpoint, self.optim_wrapper)
         if str(transfer or ''):
@@ -219,7 +239,7 @@ class DensekitRunner(Runner):
 
     def _under_own_names(self, filename: str, checkpoint: dict) -> tuple[dict[str, Tensor], str, ClassTransfer | None]:
         """A checkpoint's weights, in words what was changed, and where the rows of its classes belong."""
-        model = self._bare_model()
+        model = self.bare_model()
         if self._resume:
             return own_weights(filename, checkpoint), '', None
         weights, changes = converted_weights(filename, checkpoint, model)
@@ -227,25 +247,19 @@ class DensekitRunner(Runner):
             return weights, changes, None
         return weights, changes, plan_transfer(filename, checkpoint, weights, model, self._classes)
 
-    def _global_batch(self, optim_wrapper: OptimWrapper) -> int:
-        loader = self._train_dataloader
-        per_process = loader['batch_size'] if isinstance(loader, dict) else loader.batch_size
-        return per_process * self.world_size * getattr(optim_wrapper, '_accumulative_counts', 1)
-
     def _log_env(self, env_cfg: dict) -> None:
         self._env_cfg = env_cfg  # logged once all is built: pages of it would bury the message of a mistake
 
     def _init_model_weights(self) -> None:
         # Weights that a checkpoint is about to replace need no initialization, nor a download for it.
         if not self._weights_initialized and self._load_from is None:
+            if 'Pretrained' in str(getattr(self.bare_model(), 'init_cfg', None)):
+                raise ValueError(
+                    "model.init_cfg is of type 'Pretrained', which leaves at random what does not fit. Weights of a "
+                    'whole model: --load-from (load_from in a config), of a backbone: model.backbone.init_cfg.'
+                )
             super()._init_model_weights()
         self._weights_initialized = True
-
-    def _bare_model(self) -> nn.Module:
-        model = self.model
-        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-            model = model.module
-        return model
 
     def _without_sync_bn(self, model: nn.Module, reason: str) -> nn.Module:
         count = sum(type(module).__name__ == 'SyncBatchNorm' for module in model.modules())  # torch's or mmcv's

@@ -83,14 +83,6 @@ def test_fp16_without_a_gpu_is_an_error(tiny, tool, tmp_path, capsys, monkeypatc
     )
 
 
-def test_a_dry_run_ends_before_the_first_step(tiny, tool, tmp_path):
-    assert tool('train', tiny.det, '--work-dir', tmp_path, '--dry-run') == 0
-    log = log_of(tmp_path)
-    assert 'Model, weights and data are in order' in log
-    assert 'Iter(train)' not in log
-    assert not list(tmp_path.glob('*.pth'))
-
-
 def test_resume_goes_on_where_the_run_stopped(tiny, tool, moved):
     saved = read_checkpoint(moved / 'iter_4.pth')
     assert tool('train', tiny.det, '--work-dir', moved, '--resume', *more()) == 0

@@ -113,7 +113,7 @@ def test_a_checkpoint_that_cannot_be_used(mistake, tiny, weights):
     for tool in ('test', 'predict'):
         said = mistake(tool, tiny.det, 'cut.pth', *(['a.jpg', '--out', 'out'] if tool == 'predict' else []))
         assert said.startswith('checkpoint cut.pth cannot be read (100,000 bytes)')
-        assert 'copy or download it again' in said
+        assert 'Copy or download it again' in said
     assert 'checkpoint cut.pth cannot be read' in mistake('train', tiny.det, '--load-from', 'cut.pth')
     assert 'checkpoint cut.pth cannot be read' in mistake('train', tiny.det, '--resume=cut.pth')
 
