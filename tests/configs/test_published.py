@@ -18,31 +18,55 @@ from densekit.engine.config import load_config
 MASK_T = 'detection/mask_rcnn_convnext_t_coco'
 CASCADE_T = 'detection/cascade_convnext_t_coco'
 UPERNET_T = 'segmentation/upernet_convnext_t_ade20k'
-RECIPES_T = (MASK_T, CASCADE_T, UPERNET_T)
 
-# Tables 3 and 4 of arXiv 2201.03545, in millions; those of segmentation include the auxiliary head.
-PARAMETERS = {MASK_T: 48, CASCADE_T: 86, UPERNET_T: 60}
-
-# Appendix A.3 of the paper and the configs of facebookresearch/ConvNeXt at 048efce:
-# learning rate, drop path, layer decay and its kind.
-HYPER_PARAMETERS = {
-    MASK_T: (1e-4, 0.4, 0.95, 'layer_wise'),
-    CASCADE_T: (2e-4, 0.4, 0.7, 'layer_wise'),
-    UPERNET_T: (1e-4, 0.4, 0.9, 'stage_wise'),
+# Of each recipe of the paper's tables 3 and 4 (arXiv 2201.03545) and its appendix A.3, with the configs of
+# facebookresearch/ConvNeXt at 048efce: learning rate, drop path, layer decay and its kind, weights to start from,
+# whether in float32, and millions of parameters (those of segmentation include the auxiliary head).
+V1 = {
+    MASK_T: (1e-4, 0.4, 0.95, 'layer_wise', 'tiny_1k', False, 48),
+    CASCADE_T: (2e-4, 0.4, 0.7, 'layer_wise', 'tiny_1k', False, 86),
+    'detection/cascade_convnext_s_coco': (2e-4, 0.6, 0.7, 'layer_wise', 'small_1k', False, 108),
+    'detection/cascade_convnext_b_coco': (2e-4, 0.7, 0.8, 'layer_wise', 'base_1k', False, 146),
+    'detection/cascade_convnext_b_in22k_coco': (1e-4, 0.6, 0.8, 'layer_wise', 'base_22k', False, 146),
+    'detection/cascade_convnext_l_in22k_coco': (1e-4, 0.7, 0.7, 'layer_wise', 'large_22k', True, 255),
+    'detection/cascade_convnext_xl_in22k_coco': (1e-4, 0.8, 0.7, 'layer_wise', 'xlarge_22k', True, 407),
+    UPERNET_T: (1e-4, 0.4, 0.9, 'stage_wise', 'tiny_1k', False, 60),
+    'segmentation/upernet_convnext_s_ade20k': (1e-4, 0.3, 0.9, 'stage_wise', 'small_1k', False, 82),
+    'segmentation/upernet_convnext_b_ade20k': (1e-4, 0.4, 0.9, 'stage_wise', 'base_1k', False, 122),
+    'segmentation/upernet_convnext_b_in22k_640_ade20k': (1e-4, 0.4, 0.9, 'stage_wise', 'base_22k', False, 122),
+    'segmentation/upernet_convnext_l_in22k_640_ade20k': (1e-4, 0.4, 0.9, 'stage_wise', 'large_22k', True, 235),
+    'segmentation/upernet_convnext_xl_in22k_640_ade20k': (8e-5, 0.4, 0.9, 'stage_wise', 'xlarge_22k', True, 391),
 }
+DETECTORS = [name for name in V1 if name.startswith('detection')]
+SEGMENTORS = [name for name in V1 if name.startswith('segmentation')]
 
 # decay ** (distance from the head), computed by the official optimizer constructor; a parameter group with weight
-# decay and one without for each.
+# decay and one without for each. By decay and the number of layers, which is 6 in T and 12 in the others.
 LAYER_SCALES = {
-    MASK_T: (0.69834, 0.73509, 0.77378, 0.81451, 0.85737, 0.9025, 0.95, 1),
-    CASCADE_T: (0.08235, 0.11765, 0.16807, 0.2401, 0.343, 0.49, 0.7, 1),
-    UPERNET_T: (0.4783, 0.53144, 0.59049, 0.6561, 0.729, 1),
+    (0.95, 6): (0.69834, 0.73509, 0.77378, 0.81451, 0.85737, 0.9025, 0.95, 1),
+    (0.7, 6): (0.08235, 0.11765, 0.16807, 0.2401, 0.343, 0.49, 0.7, 1),
+    (0.7, 12): (
+        *(0.00969, 0.01384, 0.01977, 0.02825, 0.04035, 0.05765, 0.08235, 0.11765, 0.16807),
+        *(0.2401, 0.343, 0.49, 0.7, 1),
+    ),
+    (0.8, 12): (
+        *(0.05498, 0.06872, 0.0859, 0.10737, 0.13422, 0.16777, 0.20972, 0.26214, 0.32768),
+        *(0.4096, 0.512, 0.64, 0.8, 1),
+    ),
+    (0.9, 6): (0.4783, 0.53144, 0.59049, 0.6561, 0.729, 1),
+    (0.9, 12): (0.25419, 0.28243, 0.31381, 0.34868, 0.38742, 1),
 }
 
 STOCK = {
     MASK_T: (mmdet, 'mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco.py'),
     CASCADE_T: (mmdet, 'cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py'),
+    DETECTORS[2]: (mmdet, 'cascade-mask-rcnn_convnext-s-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py'),
     UPERNET_T: (mmseg, 'convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py'),
+    SEGMENTORS[1]: (mmseg, 'convnext-small_upernet_8xb2-amp-160k_ade20k-512x512.py'),
+    SEGMENTORS[2]: (mmseg, 'convnext-base_upernet_8xb2-amp-160k_ade20k-512x512.py'),
+    SEGMENTORS[3]: (mmseg, 'convnext-base_upernet_8xb2-amp-160k_ade20k-640x640.py'),
+    SEGMENTORS[4]: (mmseg, 'convnext-large_upernet_8xb2-amp-160k_ade20k-640x640.py'),
+    SEGMENTORS[5]: (mmseg, 'convnext-xlarge_upernet_8xb2-amp-160k_ade20k-640x640.py'),
 }
 COMPARED = ('model', 'optim_wrapper', 'param_scheduler', 'auto_scale_lr', 'default_hooks', 'env_cfg', 'log_processor')
 COMPARED += tuple(f'{loop}_{part}' for loop in ('train', 'val', 'test') for part in ('cfg', 'dataloader', 'evaluator'))
@@ -77,7 +101,7 @@ OTHERWISE_SEGMENTATION = {
     'tta_pipeline.*.transforms.*.*.scale.*': 'the official code scales 2048 x 512, not the image',
 }
 
-every_t = pytest.mark.parametrize('name', RECIPES_T)
+every_v1 = pytest.mark.parametrize('name', V1)
 
 
 def file_of(name):
@@ -98,7 +122,7 @@ def compared(path):
     return flat({key: cfg[key] for key in COMPARED if key in cfg})
 
 
-@every_t
+@pytest.mark.parametrize('name', STOCK)
 def test_recipe_differs_from_the_stock_one_only_on_purpose(name):
     package, file = STOCK[name]
     ours, stock = compared(file_of(name)), compared(Path(package.__file__).parent / '.mim/configs/convnext' / file)
@@ -108,22 +132,23 @@ def test_recipe_differs_from_the_stock_one_only_on_purpose(name):
     assert {re.sub(r'\.\d+(?=\.|$)', '.*', key) for key in differing} == set(expected)
 
 
-@every_t
+@every_v1
 def test_hyper_parameters(name):
     cfg = load_config(str(file_of(name)))
     wrapper, backbone = cfg.optim_wrapper, cfg.model.backbone
     decay = wrapper.paramwise_cfg
-    found = (wrapper.optimizer.lr, backbone.drop_path_rate, decay.decay_rate, decay.decay_type)
-    assert found == HYPER_PARAMETERS[name]
-    assert wrapper.optimizer == dict(type='AdamW', lr=found[0], betas=(0.9, 0.999), weight_decay=0.05)
-    assert wrapper.type == 'AutocastOptimWrapper' and 'clip_grad' not in wrapper
+    lr, drop_path, rate, kind, weights, float32, _ = V1[name]
+    assert (backbone.drop_path_rate, decay.decay_rate, decay.decay_type) == (drop_path, rate, kind)
+    assert wrapper.optimizer == dict(type='AdamW', lr=lr, betas=(0.9, 0.999), weight_decay=0.05)
+    assert wrapper.type == ('OptimWrapper' if float32 else 'AutocastOptimWrapper') and 'clip_grad' not in wrapper
     assert backbone.layer_scale_init_value == 1.0
-    assert backbone.init_cfg.checkpoint == 'https://dl.fbaipublicfiles.com/convnext/convnext_tiny_1k_224.pth'
+    address = f'https://dl.fbaipublicfiles.com/convnext/convnext_{weights}_224.pth'
+    assert backbone.init_cfg == dict(type='Pretrained', checkpoint=address)
     assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 16
     assert not cfg.auto_scale_lr.enable
 
 
-@pytest.mark.parametrize('name', [MASK_T, CASCADE_T])
+@pytest.mark.parametrize('name', DETECTORS)
 def test_detection_schedule_and_augmentation(name):
     cfg = load_config(str(file_of(name)))
     warm_up, steps = cfg.param_scheduler
@@ -140,40 +165,45 @@ def test_detection_schedule_and_augmentation(name):
     assert cfg.test_dataloader.dataset.pipeline[1] == dict(type='Resize', scale=(1333, 800), keep_ratio=True)
 
 
-def test_cascade_box_heads():
-    cfg = load_config(str(file_of(CASCADE_T)))
+@pytest.mark.parametrize('name', DETECTORS[1:])
+def test_cascade_box_heads(name):
+    cfg = load_config(str(file_of(name)))
     for head in cfg.model.roi_head.bbox_head:
         assert (head.type, head.num_shared_convs, head.num_shared_fcs) == ('ConvFCBBoxHead', 4, 1)
         assert head.norm_cfg.type == 'SyncBN' and head.reg_decoded_bbox and not head.reg_class_agnostic
         assert head.loss_bbox == dict(type='GIoULoss', loss_weight=10.0)
 
 
-def test_segmentation_schedule_augmentation_and_slide_test():
-    cfg = load_config(str(file_of(UPERNET_T)))
+@pytest.mark.parametrize('name', SEGMENTORS)
+def test_segmentation_schedule_augmentation_and_slide_test(name):
+    cfg = load_config(str(file_of(name)))
+    crop, stride = (640, 426) if '_640_' in name else (512, 341)
     warm_up, poly = cfg.param_scheduler
     assert (warm_up.type, warm_up.start_factor, warm_up.begin, warm_up.end) == ('LinearLR', 1e-6, 0, 1500)
     assert (poly.type, poly.power, poly.eta_min, poly.begin, poly.end) == ('PolyLR', 1.0, 0.0, 1500, 160000)
     assert cfg.train_cfg.max_iters == 160000
     train = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
-    assert (train['RandomResize'].scale, train['RandomResize'].ratio_range) == ((2048, 512), (0.5, 2.0))
-    assert (train['RandomCrop'].crop_size, train['RandomCrop'].cat_max_ratio) == ((512, 512), 0.75)
-    assert cfg.model.data_preprocessor.size == (512, 512)
-    assert cfg.model.test_cfg == dict(mode='slide', crop_size=(512, 512), stride=(341, 341))
-    ratios = [step.scale[1] / 512 for step in cfg.tta_pipeline[1].transforms[0]]
+    assert (train['RandomResize'].scale, train['RandomResize'].ratio_range) == ((4 * crop, crop), (0.5, 2.0))
+    assert (train['RandomCrop'].crop_size, train['RandomCrop'].cat_max_ratio) == ((crop, crop), 0.75)
+    assert cfg.model.data_preprocessor.size == (crop, crop)
+    assert cfg.model.test_cfg == dict(mode='slide', crop_size=(crop, crop), stride=(stride, stride))
+    assert {step.type: step for step in cfg.test_dataloader.dataset.pipeline}['Resize'].scale == (4 * crop, crop)
+    ratios = [step.scale[1] / crop for step in cfg.tta_pipeline[1].transforms[0]]
     assert ratios == [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
 
 
-@every_t
+@every_v1
 def test_parameters_as_printed(name):
     model = build_model(recipe(file_of(name)), 'meta')
-    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == PARAMETERS[name]
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == V1[name][-1]
 
 
-@every_t
+@every_v1
 def test_layer_decay_groups(name):
     cfg = recipe(file_of(name))
     groups = build_wrapper(cfg, build_model(cfg, 'meta'), 'off').optimizer.param_groups
+    scales = LAYER_SCALES[V1[name][2], 6 if '_t_' in name else 12]
     found = sorted((round(group['lr_scale'], 5), group['weight_decay']) for group in groups)
-    assert found == [(scale, decay) for scale in LAYER_SCALES[name] for decay in (0.0, 0.05)]
-    base_lr = HYPER_PARAMETERS[name][0]
+    assert found == [(scale, decay) for scale in scales for decay in (0.0, 0.05)]
+    base_lr = V1[name][0]
     assert all(group['lr'] == pytest.approx(base_lr * group['lr_scale']) for group in groups)
