@@ -27,7 +27,7 @@ FORBIDDEN = {
 # What a module may import besides the standard library, where that is little.
 ALLOWED = {
     'densekit': [],  # its __init__, which importing densekit.ops runs as well
-    'densekit.ops': ['torch', 'torchvision'],
+    'densekit.ops': ['torch', 'torchvision', 'densekit.ops'],  # and the files of the package
     'backbones.zoo': [],
 }
 
@@ -57,8 +57,9 @@ def wrong_arrows(source, module):
     for name, targets in FORBIDDEN.items():
         if covers(name, module):
             wrong.update(used for used in found for target in targets if covers(target, used))
-    if module in ALLOWED:
-        allowed = [*ALLOWED[module], *sys.stdlib_module_names]
+    room = next((name for name in ALLOWED if module == name or (name != 'densekit' and covers(name, module))), None)
+    if room is not None:
+        allowed = [*ALLOWED[room], *sys.stdlib_module_names]
         wrong.update(used for used in found if not any(covers(name, used) for name in allowed))
     return sorted(wrong)
 

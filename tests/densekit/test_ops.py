@@ -8,7 +8,7 @@ import densekit.ops  # noqa: F401  mmcv.ops can be imported after it only
 import numpy as np
 import pytest
 import torch
-from mmcv.ops import RoIAlign, batched_nms, nms, roi_align, soft_nms
+from mmcv.ops import RoIAlign, batched_nms, nms, nms_match, roi_align, soft_nms
 
 # The dtype of the tensors and that of autocast; mmcv's own torch.cat refuses fp16 in bf16 autocast and the reverse.
 MIXED = [
@@ -160,6 +160,38 @@ def test_batched_nms_limits():
         cfg = dict(iou_threshold=0.4, max_num=5, split_thr=split_thr)
         assert batched_nms(boxes, scores, labels, cfg)[1].tolist() == full[:5].tolist()
     assert batched_nms(boxes, scores, labels, None)[1].tolist() == scores.argsort(descending=True).tolist()
+
+
+# --------------------------------------------------------------------------------------------------------- NMS match
+
+
+def naive_nms_match(boxes, scores, threshold):
+    boxes, scores = boxes.double().tolist(), scores.double().tolist()
+    groups = []
+    for i in sorted(range(len(boxes)), key=lambda i: -scores[i]):
+        for group in groups:
+            if iou_of(boxes[group[0]], boxes[i], 0) >= threshold:
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return groups
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('threshold', [0.1, 0.5, 0.7])
+def test_nms_match_equals_the_reference(threshold, dtype):
+    boxes, scores = random_boxes(200, 0, dtype=dtype)
+    groups = nms_match(torch.cat([boxes, scores[:, None]], dim=1), threshold)
+    assert [group.tolist() for group in groups] == naive_nms_match(boxes, scores, threshold)
+    assert sorted(torch.cat(groups).tolist()) == list(range(200)) and 1 < len(groups) < 200
+
+
+def test_nms_match_of_few_boxes():
+    assert nms_match(torch.zeros(0, 5), 0.5) == []
+    # Points match nothing, themselves not either; an IoU at the threshold, 1/2, does match, unlike in NMS.
+    dets = np.array([[1, 1, 1, 1, 0.9], [1, 1, 1, 1, 0.8], [0, 0, 2, 2, 0.7], [0, 0, 2, 1, 0.6]], dtype=np.float32)
+    assert [group.tolist() for group in nms_match(dets, 0.5)] == [[0], [1], [2, 3]]
 
 
 # ---------------------------------------------------------------------------------------------------------- soft NMS
