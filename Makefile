@@ -1,10 +1,10 @@
-# make install | demo | test | lint | test-slow | test-gpu | clean
+# make install | demo | test | lint | test-slow | test-gpu | tables | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: install demo test lint test-slow test-gpu clean
+.PHONY: install demo test lint test-slow test-gpu tables clean
 
 install: $(STAMP)
 
@@ -34,6 +34,10 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+# The README's table of recipes, from configs/*/metafile.yml.
+tables: $(STAMP)
+	$(BIN)/python -m densekit.report.recipes_table
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache

@@ -28,11 +28,11 @@ def check_channels(model: Any) -> None:
         return
     for name in ('decode_head', 'auxiliary_head'):
         for head in _heads(model, name):
-            if getattr(head, 'input_transform', None) == 'resize_concat':
-                continue  # in_channels is a sum there
-            several = isinstance(head.in_index, list | tuple)
-            indices = head.in_index if several else [head.in_index]
+            if getattr(head, 'input_transform', None) == 'resize_concat' or not hasattr(head, 'in_index'):
+                continue  # in_channels is a sum there; Mask2Former has neither
+            several = isinstance(head.in_channels, list | tuple)
             expected = head.in_channels if several else [head.in_channels]
+            indices = head.in_index if several else [head.in_index]
             if max(indices) >= len(channels):
                 raise ValueError(f'model.{name} reads output {max(indices)}, and the backbone has {len(channels)}')
             emitted = [channels[i] for i in indices]

@@ -1,4 +1,4 @@
-"""Losses and gradient norms of the stock ConvNeXt recipes, whose backbone is mmpretrain's, for ours to be compared with.
+"""Losses and gradient norms of the stock ConvNeXt recipes, whose backbone is mmpretrain's, to compare ours with.
 
     python tests/configs/stock.py
 
@@ -26,7 +26,7 @@ from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
 from recipes import make_batch, scope_of
-from torch import Tensor, nn
+from torch import nn
 
 GOLDEN = Path(__file__).with_suffix('.json')
 STOCK = {

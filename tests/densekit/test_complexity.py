@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import ARCHS, ConvNeXt
-from densekit.report.complexity import count_multiply_adds, count_parameters
+from densekit.report.complexity import ProductCount, count_layers, count_multiply_adds, count_parameters
 
 # Multiply-adds of the classifiers at 224 x 224 in the model index of OpenMMLab, which counts a little more than
 # convolutions and linear layers, and GFLOPs as printed in Table 1 of arXiv 2201.03545.
@@ -52,6 +52,32 @@ def test_same_count_as_torchs_own(name):
     model, shape = LAYERS[name]
     x = torch.randn(shape)
     assert count_multiply_adds(model, x) == counted_by_torch(model, x) > 0
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_products_of_layers_are_what_layers_count(name):
+    model, shape = LAYERS[name]
+    with ProductCount() as products, torch.no_grad():
+        model.eval()(torch.randn(shape))
+    assert products.multiply_adds == count_multiply_adds(model, torch.randn(shape))
+    assert not products.unknown
+
+
+def test_products_beside_the_layers():
+    """Attention: three projections in one product and queries by keys by values, none of which is a layer's call."""
+    attention, tokens = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(1, 5, 8)
+    with count_layers(attention) as layers, ProductCount() as products, torch.no_grad():
+        attention.train()(tokens, tokens, tokens)  # in evaluation one fused operation does it all
+    assert layers.multiply_adds == 0
+    assert products.multiply_adds == 5 * 8 * (3 * 8) + 2 * 5 * 5 * 8 + 5 * 8 * 8
+
+
+def test_an_operation_without_a_formula_is_named():
+    x, offset, weight = torch.randn(1, 3, 8, 8), torch.zeros(1, 18, 6, 6), torch.randn(4, 3, 3, 3)
+    with ProductCount() as products:
+        torchvision.ops.deform_conv2d(x, offset, weight)
+    assert products.multiply_adds == 0
+    assert products.unknown == {'torchvision::deform_conv2d'}
 
 
 def test_the_count_of_a_transposed_convolution():

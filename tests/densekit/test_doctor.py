@@ -343,8 +343,9 @@ def test_ranges_are_those_of_setup_py():
     ours = {package.distributions[0]: package.specifier for package in PACKAGES.values()} | {'mmcv-lite': MMCV_RANGE}
     lines = map(Requirement, importlib.metadata.requires('densekit'))
     theirs = {line.name: line.specifier for line in lines if not line.marker or line.marker.evaluate({'extra': 'lite'})}
-    # What others of the list stop without (numpy; safetensors of timm, pillow of torchvision) needs no row of its own.
-    for name in ('numpy', 'safetensors', 'pillow'):
+    # What others of the list stop without needs no row of its own: numpy; safetensors of timm, pillow of torchvision,
+    # filelock of torch.
+    for name in ('numpy', 'safetensors', 'pillow', 'filelock'):
         theirs.pop(name)
     assert {name: set(filter(None, specifier.split(','))) for name, specifier in ours.items()} == {
         name: {str(part) for part in specifier} for name, specifier in theirs.items()

@@ -1,9 +1,17 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from backbones.roadmap import RUNGS
 from densekit.report import roadmap_table
+
+CONFIGS = Path(__file__).parents[2] / 'configs'
+MINI = str(CONFIGS / 'detection/mask_rcnn_convnext_mini_shapes.py')
+CASCADE_T = str(CONFIGS / 'detection/cascade_convnext_t_coco.py')
+UPERNET_T = str(CONFIGS / 'segmentation/upernet_convnext_t_ade20k.py')
+# A 3 x 3 convolution of 384 channels to 256 with BatchNorm, and one to 150 classes with biases.
+AUXILIARY_HEAD = 384 * 256 * 9 + 2 * 256 + 256 * 150 + 150
 
 
 @pytest.fixture
@@ -51,11 +59,40 @@ def test_parameters_are_those_of_the_classifiers(arch, step, parameters):
     assert roadmap_table.measure(arch, step or list(RUNGS)[-1])[1] == parameters  # torchvision's, and Table 1's
 
 
-def test_without_roadmap_it_says_what_to_give(tool, capsys):
+@pytest.mark.parametrize('argv', [(), ('--json',), ('--roadmap', 'x.py')])
+def test_neither_or_both_is_refused(argv, tool, capsys):
     with pytest.raises(SystemExit) as exit_:
-        tool('analyze')
+        tool('analyze', *argv)
     assert exit_.value.code == 2
-    assert '--roadmap' in capsys.readouterr().err
+    assert 'give config files or --roadmap' in capsys.readouterr().err
+
+
+def test_recipes_as_a_table(tool, capsys):
+    assert tool('analyze', MINI, CASCADE_T) == 0
+    out, err = capsys.readouterr()
+    table, remarks = out.split('\n\n')
+    mini, cascade = table.splitlines()[2:]
+    assert mini.split()[:5] == ['mask_rcnn_convnext_mini_shapes', '96x96', '2.3', '-', '-']
+    assert cascade.split() == ['cascade_convnext_t_coco', '1280x800', '85.9', '-', '86', '740.2', '741', '-0.8', '0.0']
+    assert 'attention:' in remarks
+    assert err == ''
+
+
+def test_recipes_as_json(tool, capsys):
+    assert tool('analyze', UPERNET_T, '--json') == 0
+    (analysis,) = json.loads(capsys.readouterr().out)
+    assert (analysis['config'], analysis['height'], analysis['width']) == (UPERNET_T, 512, 2048)
+    assert analysis['parameters'] - analysis['parameters_without_auxiliary_head'] == AUXILIARY_HEAD
+    assert round(analysis['multiply_adds'] / 1e9, 1) == 938.5
+    assert analysis['multiply_adds_of_attention'] == 0 and analysis['not_counted'] is None
+    assert analysis['paper']['gflops'] == 939
+
+
+def test_a_config_that_is_not_there(tool, capsys):
+    assert tool('analyze', MINI, MINI.replace('mini', 'minni')) == 2
+    out, err = capsys.readouterr()
+    assert out == ''
+    assert err.startswith('error: config ') and 'Did you mean' in err
 
 
 def test_help_imports_no_torch(command):

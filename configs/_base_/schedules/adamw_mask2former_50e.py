@@ -1,0 +1,31 @@
+"""368750 iterations (50 epochs of COCO in batches of 16) as Mask2Former has them, a tenth of the rate in the backbone.
+
+mmdet 3.3.0, configs/mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic (arXiv 2112.01527). There is no decay from
+layer to layer; the queries are not decayed.
+"""
+
+max_iters = 368750
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=7375)  # every epoch
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+
+param_scheduler = [
+    # a tenth at 8 / 9 and at 26 / 27 of the run
+    dict(type='MultiStepLR', begin=0, end=max_iters, by_epoch=False, milestones=[327778, 355092], gamma=0.1),
+]
+optim_wrapper = dict(
+    type='OptimWrapper',  # float32, as in mmdet
+    constructor='LayerDecayOptimWrapperConstructor',
+    optimizer=dict(type='AdamW', lr=0.0001, betas=(0.9, 0.999), weight_decay=0.05),
+    paramwise_cfg=dict(
+        decay_rate=1.0,
+        custom_keys={
+            'backbone': dict(lr_mult=0.1),
+            'query_embed': dict(decay_mult=0.0),
+            'query_feat': dict(decay_mult=0.0),
+            'level_embed': dict(decay_mult=0.0),
+        },
+    ),
+    clip_grad=dict(max_norm=0.01, norm_type=2),
+)
+auto_scale_lr = dict(enable=False, base_batch_size=16)  # 8 GPUs x 2 images

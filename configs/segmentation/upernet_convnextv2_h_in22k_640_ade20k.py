@@ -1,0 +1,29 @@
+"""UperNet, ConvNeXt V2-H (FCMAE, fine-tuned on ImageNet-22K and -1K), ADE20K, crops of 640, 160k iterations.
+
+Table 7 of arXiv 2301.00808, recipe of its appendix A. Learning rate, drop path and decay are V1's, which lie within
+the paper's sweep; the chosen values are not published.
+Expected (published, not run here): mIoU 57.0, probably multi-scale with flips, as V1-B stands there with 49.9; 5113
+GFLOPs at 2560 x 640.
+The weights are those of 512 pixels, the nearest to the crop; which ones the paper took is not published.
+
+    torchrun --nproc-per-node 8 tools/train.py configs/segmentation/upernet_convnextv2_h_in22k_640_ade20k.py
+"""
+
+_base_ = [
+    '../_base_/models/upernet_v2.py',
+    '../_base_/datasets/ade20k_640.py',
+    '../_base_/schedules/adamw_160k.py',  # learning rate 1e-4, decay 0.9 per stage
+    '../_base_/runtime_seg.py',
+]
+
+model = dict(
+    data_preprocessor=dict(size=(640, 640)),
+    backbone=dict(
+        arch='huge',
+        init_cfg=dict(checkpoint='convnextv2_huge.fcmae_ft_in22k_in1k_512'),
+    ),
+    decode_head=dict(in_channels=[352, 704, 1408, 2816]),
+    auxiliary_head=dict(in_channels=1408),
+    test_cfg=dict(crop_size=(640, 640), stride=(426, 426)),  # windows overlap by a third
+)
+optim_wrapper = dict(type='OptimWrapper')  # float32, as V1 of this size
