@@ -77,6 +77,9 @@ class Rung:
     layer_norm: bool = False
     separate_downsampling: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, '__doc__', self.change)  # what help(RUNGS['patchify']) says
+
 
 # Behind the first rung: name, what changes, and the switches that do it.
 _STEPS: tuple[tuple[str, str, dict[str, Any]], ...] = (

@@ -162,6 +162,15 @@ def check_package(facts: Facts, name: str) -> Row:
     return Row(name, found, 'broken', told['error'], anew)
 
 
+def check_torch(facts: Facts) -> Row:
+    """Before 2.10 a pickle can corrupt memory even under weights_only=True (CVE-2026-24747)."""
+    row = check_package(facts, 'torch')
+    version = facts.versions.get('torch', '')
+    if row.status != 'ok' or not version or fits(version, '>=2.10'):
+        return row
+    return row._replace(note='.pth files need DENSEKIT_TRUST_PICKLE=1 below 2.10; .safetensors do not')
+
+
 def check_torchvision(facts: Facts) -> Row:
     """Every torchvision is compiled for one torch; its metadata says which."""
     row = check_package(facts, 'torchvision')
@@ -267,7 +276,7 @@ CHECKS: list[Callable[[Facts], Row]] = [
     check_densekit,
     check_backbones,
     partial(check_package, name='setuptools'),
-    partial(check_package, name='torch'),
+    check_torch,
     check_torchvision,
     check_cuda,
     partial(check_package, name='timm'),

@@ -42,6 +42,7 @@ def image(size=64):
 def test_there_is_a_rung_for_every_row_of_the_paper():
     assert list(RUNGS) == list(PUBLISHED)
     assert len(RUNGS) == len({rung.change for rung in RUNGS.values()}) == 17
+    assert all(rung.__doc__ == rung.change for rung in RUNGS.values())
     assert {('tiny', 'layer_norm')} == UNEXPLAINED
 
 

@@ -350,3 +350,10 @@ def test_ranges_are_those_of_setup_py():
     assert {name: set(filter(None, specifier.split(','))) for name, specifier in ours.items()} == {
         name: {str(part) for part in specifier} for name, specifier in theirs.items()
     }
+
+
+@pytest.mark.parametrize(('version', 'warned'), [('2.9.1', True), ('2.10.0', False), ('2.11.0', False)])
+def test_an_older_torch_is_told_of_pickles(version, warned):
+    (row,) = [row for row in examine(facts(versions={'torch': version}, torch_pin=version)) if row.name == 'torch']
+    assert row.status == 'ok'
+    assert ('DENSEKIT_TRUST_PICKLE=1' in row.note) == warned
