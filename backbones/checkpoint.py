@@ -19,7 +19,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from backbones.files import read_checkpoint, some, state_dict_of
-from backbones.formats import convert_state_dict
+from backbones.formats import convert_state_dict, same_values
 
 _STEMS = ('downsample_layers.0.0.weight', 'stem.weight')
 _NOT_IN_CLASSIFIERS = r'norm\d\.|pyramid\.'
@@ -107,9 +107,7 @@ def load_pretrained(
     infinite = [key for key, value in fitting.items() if not torch.isfinite(value).all()]
     if infinite:
         raise ValueError(f'checkpoint {name} has values that are not finite: {some(infinite)}. Nothing was loaded.')
-    if not fitting:
-        raise ValueError(_refusal(name, backbone, report, lacking, converted))
-    if strict and (lacking or report.unexpected or report.misshapen):
+    if not fitting or (strict and (lacking or report.unexpected or report.misshapen)):
         raise ValueError(_refusal(name, backbone, report, lacking, converted))
     backbone.load_state_dict(fitting, strict=False)
     if not strict:
@@ -137,7 +135,7 @@ def _compare(
         if value.is_floating_point() != own[key].is_floating_point():
             report.misshapen.append(f'{key} {value.dtype} for {own[key].dtype}')
             continue
-        if _squeezed(value) != _squeezed(own[key]):
+        if not same_values(value, own[key]):
             report.misshapen.append(f'{key} {tuple(value.shape)} for {tuple(own[key].shape)}')
             continue
         if value.shape != own[key].shape:
@@ -191,11 +189,6 @@ def with_prefix(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
             'leave the prefix out for weights of a classifier or a whole detector.'
         )
     return part
-
-
-def _squeezed(tensor: Tensor) -> tuple[int, ...]:
-    """The shape without ones, in which a 1x1 convolution equals a Linear layer and (1, 1, 1, C) equals (C,)."""
-    return tuple(size for size in tensor.shape if size != 1)
 
 
 def _refusal(

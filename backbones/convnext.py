@@ -192,10 +192,7 @@ class ConvNeXt(BaseModule):
         self.frozen_stages = _frozen_stages(frozen_stages)
         if gap_before_final_norm:
             raise ValueError('gap_before_final_norm=True pools the features away; a dense backbone needs False')
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate={drop_path_rate} is not in [0, 1)')
-        if not 0 <= layer_scale_init_value < math.inf:
-            raise ValueError(f'layer_scale_init_value={layer_scale_init_value}: give a positive number, or 0 for none')
+        _check_rates(drop_path_rate, layer_scale_init_value)
         if use_grn and layer_scale_init_value is DEFAULT_LAYER_SCALE:
             layer_scale_init_value = 0.0
         if not isinstance(kernel_size, int) or kernel_size not in (3, 5, 7, 9, 11):
@@ -332,6 +329,13 @@ class ConvNeXt(BaseModule):
             for module in (self.downsample_layers[i], self.stages[i]):
                 module.eval()
                 module.requires_grad_(False)
+
+
+def _check_rates(drop_path_rate: float, layer_scale_init_value: float) -> None:
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f'drop_path_rate={drop_path_rate} is not in [0, 1)')
+    if not 0 <= layer_scale_init_value < math.inf:
+        raise ValueError(f'layer_scale_init_value={layer_scale_init_value}: give a positive number, or 0 for none')
 
 
 def _norm(channels: int, eps: float) -> LayerNorm2d:

@@ -23,11 +23,10 @@ from mmengine.logging.history_buffer import HistoryBuffer
 from safetensors.torch import load_file
 from torch import Tensor
 
-from backbones.zoo import ZOO, Weights, nearest
+from backbones.zoo import SUFFIXES, ZOO, Weights, nearest
 
 # File names that say nothing of what is in them.
 EVERYBODYS = ('model.safetensors', 'pytorch_model.bin', 'open_clip_model.safetensors', 'open_clip_pytorch_model.bin')
-SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.ckpt')
 
 # A pickle can corrupt memory even under weights_only=True before this version (CVE-2026-24747).
 SAFE_TORCH = (2, 10)

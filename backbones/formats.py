@@ -220,6 +220,12 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tens
     return converted, source if prefix != 'visual.trunk.' else 'OpenCLIP'
 
 
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether shapes agree but for ones: a 1x1 convolution's and a Linear layer's, (1, 1, 1, C) and (C,)."""
+    first, second = ([size for size in tensor.shape if size != 1] for tensor in (one, other))
+    return first == second
+
+
 def _source(state_dict: Mapping[str, Tensor]) -> tuple[str, str]:
     """The prefix and the source of names."""
     for prefix in PREFIXES:

@@ -13,7 +13,6 @@ Layouts: N images, C channels, H rows, W columns.
 """
 
 import functools
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from backbones.convnext import (
     ConvNeXtBlock,
     _activation,
+    _check_rates,
     _init_parameters,
     _layer_norm_eps,
     _stage_indices,
@@ -99,12 +99,9 @@ class ConvNeXtIsotropic(BaseModule):
             raise ValueError(f'stem_patch_size={stem_patch_size}: give a multiple of 4; the finest level quarters it')
         if out_channels < 1:
             raise ValueError(f'out_channels={out_channels}: give a positive number')
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate={drop_path_rate} is not in [0, 1)')
         if layer_scale_init_value is None:
             layer_scale_init_value = 1e-6 if arch == 'large' else 0.0
-        if not 0 <= layer_scale_init_value < math.inf:
-            raise ValueError(f'layer_scale_init_value={layer_scale_init_value}: give a positive number, or 0 for none')
+        _check_rates(drop_path_rate, layer_scale_init_value)
         if not -1 <= frozen_blocks <= depth:
             raise ValueError(f'frozen_blocks={frozen_blocks}: give 0 (or -1) for none, up to {depth} for all blocks')
         self.frozen_blocks = max(frozen_blocks, 0)

@@ -16,7 +16,11 @@ import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
+
+SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.ckpt')
+"""Of files of weights."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +260,8 @@ _OTHER_NAMES = (
 
 def nearest(name: str) -> str | None:
     """The name of the catalogue that a misspelling, a published file or an architecture means, if any comes near."""
-    plain = re.sub(r'\.(safetensors|pth|pt|bin|ckpt)$', '', re.split(r'[/\\]', name.lower())[-1].replace('-', '_'))
+    path = PurePosixPath(re.split(r'[/\\]', name.lower())[-1].replace('-', '_'))
+    plain = path.stem if path.suffix in SUFFIXES else path.name
     for weights in ZOO.values():  # an architecture alone means the first of its weights
         file = weights.file.rsplit('.', 1)[0].replace('-', '_')
         if plain in (weights.name, file, weights.name.split('.')[0]):

@@ -31,7 +31,7 @@ from torch import nn
 
 from backbones.files import some
 from densekit.engine.amp import AutocastOptimWrapper
-from densekit.engine.runner import DensekitRunner
+from densekit.engine.runner import DensekitRunner, accumulated_batches
 from densekit.report.image_size import Size, padded, training_size
 from densekit.report.memory import Activations, activations, gradient_bytes, state_bytes, weight_bytes
 from densekit.report.model_tables import groups_table, parts_table, ungrouped
@@ -96,7 +96,7 @@ def _show_optimizer(runner: DensekitRunner) -> None:
     wrapper, auto = runner.optim_wrapper, runner.auto_scale_lr or {}
     batch, recipe = runner.global_batch(wrapper), auto.get('base_batch_size')
     header = ['per process', 'processes', 'accumulated', 'global', 'of the recipe']
-    row = [_batch(runner), runner.world_size, _accumulated(wrapper), batch, recipe or 'not given']
+    row = [runner.batch_size(), runner.world_size, accumulated_batches(wrapper), batch, recipe or 'not given']
     _show('Batch, in images', format_table(header, [row], align='>>>>>'), _scaling(runner, batch, recipe))
 
     runner.scale_lr(wrapper, runner.auto_scale_lr)  # as training does first of all
@@ -191,18 +191,9 @@ def _training(runner: DensekitRunner) -> Training:
     if isinstance(runner._train_loop, BaseLoop):
         loader = runner._train_loop.dataloader
         # An endless sampler calls itself as long as the data set in every process.
-        images = _batch(runner) * runner.world_size
+        images = runner.batch_size() * runner.world_size
         epoch_length = len(loader) if by_epoch else -(-len(loader.dataset) // images)
     return Training(by_epoch, cfg['max_epochs' if by_epoch else 'max_iters'], epoch_length)
-
-
-def _accumulated(wrapper: OptimWrapper) -> int:
-    return getattr(wrapper, '_accumulative_counts', 1)
-
-
-def _batch(runner: DensekitRunner) -> int:
-    """Images in one forward pass of one process."""
-    return runner.global_batch(runner.optim_wrapper) // runner.world_size // _accumulated(runner.optim_wrapper)
 
 
 def _checkpoint_hooks(runner: DensekitRunner) -> list[CheckpointHook]:
@@ -224,7 +215,7 @@ def _image_size(runner: DensekitRunner) -> Size | None:
 
 def _activations(runner: DensekitRunner) -> tuple[Activations | None, str]:
     """What is kept for backward, and in words of what, or why it is not known."""
-    batch, dtype = _batch(runner), _dtype(runner.optim_wrapper)
+    batch, dtype = runner.batch_size(), _dtype(runner.optim_wrapper)
     try:
         size = _image_size(runner)
         if size is None:

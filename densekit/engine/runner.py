@@ -23,6 +23,11 @@ from densekit.engine.weights import check_fit, check_resumable, converted_weight
 _ALONE = 'a single process has nothing to synchronize with'
 
 
+def accumulated_batches(optim_wrapper: OptimWrapper) -> int:
+    """The batches whose gradients are summed for one step of the optimizer."""
+    return getattr(optim_wrapper, '_accumulative_counts', 1)
+
+
 class SameBuffersHook(Hook):
     """Gives every process the buffers of the first, which are the ones saved, before they validate together.
 
@@ -207,9 +212,12 @@ class DensekitRunner(Runner):
 
     def global_batch(self, optim_wrapper: OptimWrapper) -> int:
         """The images that one step of the optimizer sees, in all processes and accumulated batches."""
+        return self.batch_size() * self.world_size * accumulated_batches(optim_wrapper)
+
+    def batch_size(self) -> int:
+        """The images in one forward pass of one process."""
         loader = self._train_dataloader
-        per_process = loader['batch_size'] if isinstance(loader, dict) else loader.batch_size
-        return per_process * self.world_size * getattr(optim_wrapper, '_accumulative_counts', 1)
+        return loader['batch_size'] if isinstance(loader, dict) else loader.batch_size
 
     def bare_model(self) -> nn.Module:
         """The model without what wraps it."""

@@ -8,7 +8,7 @@ from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
 from backbones.files import some, state_dict_of
-from backbones.formats import convert_state_dict
+from backbones.formats import convert_state_dict, same_values
 
 
 def fitting_weights(filename: str, checkpoint: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -78,9 +78,7 @@ def converted_weights(filename: str, checkpoint: Mapping[str, Any], model: nn.Mo
     reshaped = [
         key
         for key in weights.keys() & own.keys()
-        if key.startswith('backbone.')
-        and weights[key].shape != own[key].shape
-        and _squeezed(weights[key]) == _squeezed(own[key])
+        if key.startswith('backbone.') and weights[key].shape != own[key].shape and same_values(weights[key], own[key])
     ]
     if reshaped:
         changes.append(f'{len(reshaped)} of its tensors were reshaped')
@@ -152,7 +150,3 @@ def _misfit(
         "model.backbone.init_cfg=dict(type='Pretrained', checkpoint=..., prefix='backbone.')"
     )
     return ValueError('\n'.join(lines))
-
-
-def _squeezed(tensor: Tensor) -> list[int]:
-    return [size for size in tensor.shape if size != 1]
