@@ -6,6 +6,7 @@ writes both anew: tests/configs/resolved/<family>.txt, where the first recipe of
 others with what differs from it, and tests/configs/layer_decay.txt.
 """
 
+import logging
 import re
 import warnings
 from pathlib import Path
@@ -24,7 +25,9 @@ OURS = 'LayerDecayOptimWrapperConstructor'
 
 def family(path: Path) -> str:
     """``mask_rcnn_coco``: what stands before the backbone in the name, and the data; V2 is a family of its own."""
-    method, backbone = re.fullmatch(r'(.+?)_(convnextv2|convnext|roadmap|swin|r50|x101)(?:_.+)?', path.stem).groups()
+    method, backbone = re.fullmatch(
+        r'(.+?)_(convnextv2|convnext|roadmap|swin|vit|r50|x101)(?:_.+)?', path.stem
+    ).groups()
     return f'{method}_{"v2_" if backbone == "convnextv2" else ""}{path.stem.rsplit("_", 1)[1]}'
 
 
@@ -61,19 +64,30 @@ def resolved_texts() -> dict[str, str]:
 
 
 def layer_decay_text() -> str:
-    """A line for each parameter group of each recipe that decays by layers: name, factor, weight decay, how much.
+    """A line for each parameter group of each recipe: name, factor on the learning rate, weight decay, how much.
 
-    Recipes whose groups are alike share them.
+    Recipes whose groups are alike share them. Without layer decay, where mmengine makes a group of each parameter, the
+    groups of one learning rate and weight decay are one.
     """
     owners: dict[str, list[str]] = {}
     for path in RECIPES:
         cfg = recipe(path)
-        if cfg.optim_wrapper.get('constructor') != OURS:
-            continue
         groups = build_wrapper(cfg, meta_model(path), 'off').optimizer.param_groups
+        if cfg.optim_wrapper.get('constructor') != OURS:
+            groups = _merged(groups, cfg.optim_wrapper.optimizer.lr)
         owner = f'## {path.relative_to(CONFIGS).as_posix()}, learning rate {cfg.optim_wrapper.optimizer.lr:g}'
         owners.setdefault('\n'.join(map(_group_text, groups)), []).append(owner)
     return '\n'.join('\n'.join([*names, text]) for text, names in owners.items()) + '\n'
+
+
+def _merged(groups: list[dict[str, Any]], base_lr: float) -> list[dict[str, Any]]:
+    merged: dict[tuple[float, float], list[Any]] = {}
+    for group in groups:
+        merged.setdefault((group['lr'] / base_lr, group['weight_decay']), []).extend(group['params'])
+    return [
+        {'group_name': 'no layer decay', 'lr_scale': scale, 'weight_decay': decay, 'params': params}
+        for (scale, decay), params in sorted(merged.items())
+    ]
 
 
 def _group_text(group: dict[str, Any]) -> str:
@@ -84,6 +98,7 @@ def _group_text(group: dict[str, Any]) -> str:
 
 if __name__ == '__main__':
     warnings.simplefilter('ignore')
+    logging.disable(logging.INFO)
     RESOLVED.mkdir(exist_ok=True)
     for stale in RESOLVED.glob('*.txt'):
         stale.unlink()

@@ -1,5 +1,6 @@
 """The configs under test, and models and batches made from them."""
 
+import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
-from backbones import ARCHS
+from backbones import ARCHS, ISOTROPIC_ARCHS
 from densekit.engine.config import load_config, set_amp
 from densekit.report.meta import build_on_meta
 
@@ -25,9 +26,19 @@ BASES = sorted(CONFIGS.glob('_base_/**/*.py'))
 SAMPLE_SIZES = [(96, 80), (64, 96)]  # unlike each other, so that a batch is padded
 
 
+def config_of(path: Path) -> Config:
+    """A checked config, the caller's own; each file is read once."""
+    return copy.deepcopy(_read(path))
+
+
+@functools.cache
+def _read(path: Path) -> Config:
+    return load_config(str(path))
+
+
 def recipe(path: Path) -> Config:
-    """A checked config whose weights need no download."""
-    cfg = load_config(str(path))
+    """As ``config_of``, with weights that need no download."""
+    cfg = config_of(path)
     cfg.model.backbone.init_cfg = None
     return cfg
 
@@ -37,8 +48,12 @@ def shrink(cfg: Config) -> Config:
     backbone, model = cfg.model.backbone, cfg.model
     if backbone.type == 'ConvNeXt' and isinstance(backbone.get('arch'), str):
         backbone.arch = dict(depths=(1, 1, 1, 1), channels=ARCHS[backbone.arch][1])
+    elif backbone.type == 'ConvNeXtIsotropic':
+        backbone.arch = dict(depth=1, channels=ISOTROPIC_ARCHS[backbone.arch][1])
     elif 'SwinTransformer' in backbone.type:
         backbone.depths = (1, 1, 1, 1)
+    elif backbone.type == 'VisionTransformer':
+        backbone.num_layers, backbone.out_indices = 4, (0, 1, 2, 3)
     elif backbone.get('depth') == 101:
         backbone.depth = 50
     if 'drop_path_rate' in backbone:
@@ -47,6 +62,8 @@ def shrink(cfg: Config) -> Config:
         model.data_preprocessor.size = (96, 96)
         if 'num_queries' in model.decode_head:
             _shrink_mask2former(model.decode_head, model.decode_head.train_cfg)
+        else:
+            model.decode_head.channels = model.auxiliary_head.channels = 64
     elif 'roi_head' in model:
         _shrink_two_stages(model)
     elif model.type == 'DINO':

@@ -71,13 +71,17 @@ def step(cfg: Config, model: nn.Module) -> dict[str, float]:
 
 
 def fitted(cfg: Config) -> Config:
-    """Without weights to download, without drop path, and with crops of the batch's size."""
+    """Without weights to download, without drop path, with crops of the batch's size and an eighth of the RoIs."""
     cfg.model.backbone.init_cfg = None
     cfg.model.backbone.drop_path_rate = 0.0
     if 'decode_head' in cfg.model:
         cfg.model.data_preprocessor.size = (96, 96)
         for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
             head.dropout_ratio = 0.0
+    else:  # Cascade's box heads take half a minute for all
+        stages = cfg.model.train_cfg.rcnn
+        for stage in stages if isinstance(stages, list) else [stages]:
+            stage.sampler.num //= 8
     return cfg
 
 

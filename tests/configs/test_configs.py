@@ -18,6 +18,7 @@ from recipes import (
     RECIPES,
     build_model,
     build_wrapper,
+    config_of,
     losses_of,
     make_batch,
     meta_model,
@@ -27,7 +28,7 @@ from recipes import (
 )
 from torch import nn
 
-from backbones import ARCHS, ZOO, ConvNeXt
+from backbones import ARCHS, ISOTROPIC_ARCHS, ZOO, ConvNeXt, ConvNeXtIsotropic
 from densekit.engine.config import load_config
 from densekit.engine.config_check import check_types
 from densekit.engine.consistency import check_channels, check_classes
@@ -35,16 +36,19 @@ from densekit.report.meta import build_on_meta
 
 SCOPES = {'detection': 'mmdet', 'segmentation': 'mmseg'}
 SIZES = dict(a='atto', f='femto', p='pico', n='nano', t='tiny', s='small', b='base', l='large', xl='xlarge', h='huge')
-# <method>_convnext[v2]_<size>[_<pretraining>][_<schedule>]_<dataset>; mini is no size of a paper, roadmap has T's.
+# <method>_convnext[v2|_iso]_<size>[_<pretraining>][_<schedule>]_<dataset>; mini is no size of a paper, roadmap has T's.
 # In the place of convnext_<size> stands what it is compared with.
 GRAMMAR = re.compile(
-    r'(?P<method>[a-z0-9_]+?)_(convnext(?P<version>v2)?_(?P<size>mini|[a-z]{1,2})|roadmap|(?P<other>swin_[tsb]|r50|x101))'
+    r'(?P<method>[a-z0-9_]+?)_'
+    r'(convnext(?P<version>v2|_iso)?_(?P<size>mini|[a-z]{1,2})|roadmap|(?P<other>swin_[tsb]|vit_[sb]|r50|x101))'
     r'(_[a-z0-9]+)*_(?P<data>coco|ade20k|shapes)'
 )
 OTHERS = {  # stages and channels
     'swin_t': ((2, 2, 6, 2), (96, 192, 384, 768)),
     'swin_s': ((2, 2, 18, 2), (96, 192, 384, 768)),
     'swin_b': ((2, 2, 18, 2), (128, 256, 512, 1024)),
+    'vit_s': ((12,), (384, 384, 384, 384)),
+    'vit_b': ((12,), (768, 768, 768, 768)),
     'r50': ((3, 4, 6, 3), (256, 512, 1024, 2048)),
     'x101': ((3, 4, 23, 3), (256, 512, 1024, 2048)),
 }
@@ -63,7 +67,7 @@ every_recipe = pytest.mark.parametrize('path', RECIPES, ids=stem)
 
 def match_of(path: Path) -> re.Match[str]:
     match = GRAMMAR.fullmatch(path.stem)
-    assert match, f'{path.name} is no <method>_convnext[v2]_<size>[_<pretraining>][_<schedule>]_<dataset>.py'
+    assert match, f'{path.name} is no <method>_convnext[v2|_iso]_<size>[_<pretraining>][_<schedule>]_<dataset>.py'
     return match
 
 
@@ -92,6 +96,10 @@ def shapes_of(backbone: nn.Module) -> list[tuple[int, int]]:
 def assert_channels_fit(model: nn.Module) -> None:
     channels, strides = map(list, zip(*shapes_of(model.backbone), strict=True))
     if hasattr(model, 'auxiliary_head'):
+        if hasattr(model, 'neck'):  # of a ViT, whose outputs have one resolution
+            assert model.neck.in_channels == channels
+            channels, strides = [model.neck.out_channels] * len(model.neck.scales), scaled(strides, model.neck.scales)
+        assert strides == [4, 8, 16, 32]
         assert list(model.decode_head.in_channels) == [channels[i] for i in model.decode_head.in_index]
         assert model.auxiliary_head.in_channels == channels[model.auxiliary_head.in_index]
         return
@@ -108,6 +116,10 @@ def assert_channels_fit(model: nn.Module) -> None:
     extractors = [module for module in model.modules() if hasattr(module, 'featmap_strides')]
     assert bool(extractors) == hasattr(model, 'roi_head')
     assert all(list(extractor.featmap_strides) == strides for extractor in extractors)
+
+
+def scaled(strides: list[int], scales: list[float]) -> list[float]:
+    return [stride / scale for stride, scale in zip(strides, scales, strict=True)]
 
 
 def in_channels(neck: nn.Module) -> list[int]:
@@ -166,6 +178,10 @@ def test_name_follows_the_grammar_and_tells_the_truth(path):
         assert tuple(blocks_of(backbone)) == blocks
         assert tuple(channel for channel, _ in shapes_of(backbone)) == channels
         return
+    if match['version'] == '_iso':
+        assert isinstance(backbone, ConvNeXtIsotropic)
+        assert (len(backbone.blocks), backbone.stem.out_channels) == ISOTROPIC_ARCHS[SIZES[match['size']]]
+        return
     assert isinstance(backbone, ConvNeXt)
     if match['size'] == 'mini':
         assert (backbone.depths, backbone.channels) not in ARCHS.values()
@@ -177,6 +193,8 @@ def test_name_follows_the_grammar_and_tells_the_truth(path):
 
 
 def blocks_of(backbone: nn.Module) -> list[int]:
+    if hasattr(backbone, 'layers'):  # a ViT's
+        return [len(backbone.layers)]
     stages = getattr(backbone, 'stages', None) or [getattr(backbone, name) for name in backbone.res_layers]
     return [len(getattr(stage, 'blocks', stage)) for stage in stages]
 
@@ -191,13 +209,14 @@ def test_every_key_is_accepted_and_a_misspelt_one_refused(path):
 
 @every_recipe
 def test_weights_to_start_from_are_published_and_of_the_backbone(path):
-    backbone = load_config(str(path)).model.backbone
+    backbone = config_of(path).model.backbone
     start = (backbone.init_cfg or {}).get('checkpoint')
-    if backbone.type == 'ConvNeXt' and 'shapes' not in path.stem:
+    if backbone.type in ('ConvNeXt', 'ConvNeXtIsotropic') and 'shapes' not in path.stem:
         (weights,) = [weights for weights in ZOO.values() if start in (weights.name, weights.address)]
+        assert weights.model == backbone.type
         assert (weights.arch, weights.use_grn) == (backbone.arch, backbone.get('use_grn', False))
-    else:  # ours begin at random
-        others = ('torchvision://', 'https://github.com/SwinTransformer/storage/')
+    else:  # ours begin at random; DeiT's published weights are renamed first, test_comparison.py
+        others = ('torchvision://', 'https://github.com/SwinTransformer/storage/', 'pretrain/deit_')
         assert start.startswith(others) if match_of(path)['other'] else start is None
 
 
@@ -205,7 +224,7 @@ def test_weights_to_start_from_are_published_and_of_the_backbone(path):
 def test_base_is_valid_by_itself(path, tmp_path):
     leaf = next(leaf for leaf in RECIPES if path in ancestors(leaf))
     cfg = Config.fromfile(path)
-    cfg.default_scope = load_config(str(leaf)).default_scope
+    cfg.default_scope = config_of(leaf).default_scope
     check_types(cfg)
     if 'model' in cfg:
         assert_channels_fit(build_on_meta(cfg))
@@ -246,7 +265,7 @@ def test_a_run_finds_that_parts_and_data_fit(path):
 
 @every_recipe
 def test_training_ends_with_its_schedule_a_checkpoint_and_a_validation(path):
-    cfg = load_config(str(path))
+    cfg = config_of(path)
     by_epoch = 'max_epochs' in cfg.train_cfg
     end = cfg.train_cfg.max_epochs if by_epoch else cfg.train_cfg.max_iters
     same_unit = [scheduler for scheduler in cfg.param_scheduler if scheduler.by_epoch == by_epoch]

@@ -9,9 +9,8 @@ import mmdet
 import mmseg
 import pytest
 import yaml
-from recipes import CONFIGS, RECIPES
+from recipes import CONFIGS, RECIPES, config_of
 
-from densekit.engine.config import load_config
 from densekit.report import recipes_table
 from densekit.report.analysis import analyze
 from densekit.report.metafile import METAFILE, find_recipe, read_metafile
@@ -42,9 +41,9 @@ EXPECTED = {
     'box AP': r'box AP (\d+\.\d)',
     'mask AP': r'mask AP (\d+\.\d)',
     'PQ': r'PQ (\d+\.\d)',
-    'mIoU': r'mIoU (\d+\.\d)(?!, probably)',
-    'multi-scale mIoU': r'(\d+\.\d) multi-scale',
-    'mIoU at one scale or several': r'mIoU (\d+\.\d), probably',
+    'mIoU': r'mIoU (\d+\.\d++)(?!, probably)',
+    'multi-scale mIoU': r'(\d+\.\d+) multi-scale',
+    'mIoU at one scale or several': r'mIoU (\d+\.\d+), probably',
 }
 DATASETS = {'coco': 'COCO', 'ade20k': 'ADE20K', 'shapes': 'generated shapes'}
 
@@ -60,11 +59,6 @@ every_recipe = pytest.mark.parametrize('path', RECIPES, ids=stem)
 def counted(path):
     (analysis,) = analyze([str(path)])
     return analysis
-
-
-@functools.cache
-def config_of(path):
-    return load_config(str(path))
 
 
 def docstring(path):

@@ -11,7 +11,7 @@ import mmdet
 import mmseg
 import pytest
 from mmengine.config import Config
-from recipes import CONFIGS, build_model, build_wrapper, recipe
+from recipes import CONFIGS, build_wrapper, config_of, meta_model, recipe
 
 from densekit.engine.config import load_config
 
@@ -96,9 +96,18 @@ OTHERWISE_SEGMENTATION = {
     'train_dataloader.dataset.pipeline.*.reduce_zero_label': 'the dataset class says so',
     'val_dataloader.dataset.pipeline.*.reduce_zero_label': 'the dataset class says so',
     'test_dataloader.dataset.pipeline.*.reduce_zero_label': 'the dataset class says so',
+    'val_evaluator.type': 'counts exactly, at any size',
+    'test_evaluator.type': 'counts exactly, at any size',
     'tta_pipeline.*.backend_args': 'None, the default',
     'tta_pipeline.*.transforms.*.*.scale_factor': 'the official code scales 2048 x 512, not the image',
     'tta_pipeline.*.transforms.*.*.scale.*': 'the official code scales 2048 x 512, not the image',
+}
+
+# The paper's grids (appendix A.3), from which each of its recipes has its values: option, COCO, ADE20K.
+GRIDS = {
+    'optim_wrapper.optimizer.lr': ({1e-4, 2e-4}, {8e-5, 1e-4}),
+    'optim_wrapper.paramwise_cfg.decay_rate': ({0.7, 0.8, 0.9, 0.95}, {0.8, 0.9}),
+    'model.backbone.drop_path_rate': ({0.3, 0.4, 0.5, 0.6, 0.7, 0.8}, {0.3, 0.4, 0.5}),
 }
 
 every_v1 = pytest.mark.parametrize('name', V1)
@@ -134,7 +143,7 @@ def test_recipe_differs_from_the_stock_one_only_on_purpose(name):
 
 @every_v1
 def test_hyper_parameters(name):
-    cfg = load_config(str(file_of(name)))
+    cfg = config_of(file_of(name))
     wrapper, backbone = cfg.optim_wrapper, cfg.model.backbone
     decay = wrapper.paramwise_cfg
     lr, drop_path, rate, kind, weights, float32, _ = V1[name]
@@ -148,9 +157,33 @@ def test_hyper_parameters(name):
     assert not cfg.auto_scale_lr.enable
 
 
+@pytest.mark.parametrize('option', GRIDS)
+def test_sweeps_are_options_and_recipes_lie_on_the_grids(option):
+    for name in V1:
+        grid = GRIDS[option][name in SEGMENTORS]
+        assert flat(config_of(file_of(name)).to_dict())[option] in grid, name
+    for name, grid in zip((MASK_T, UPERNET_T), GRIDS[option], strict=True):
+        for value in grid:
+            cfg = load_config(str(file_of(name)), [f'{option}={value:g}'])
+            assert flat(cfg.to_dict())[option] == value
+    assert load_config(str(file_of(MASK_T)), ['randomness.seed=3']).randomness.seed == 3
+
+
+def test_short_schedules():
+    warm_up, steps = config_of(file_of('detection/mask_rcnn_convnext_t_1x_coco')).param_scheduler
+    assert (warm_up.end, steps.milestones, steps.gamma, steps.end) == (1000, [8, 11], 0.1, 12)  # mmdet's 1x
+    warm_up, poly = config_of(file_of('segmentation/upernet_convnext_t_80k_ade20k')).param_scheduler
+    assert (warm_up.end, poly.begin, poly.end, poly.power) == (1500, 1500, 80000, 1.0)
+    for short, whole in (('mask_rcnn_convnext_t_1x_coco', MASK_T), ('upernet_convnext_t_80k_ade20k', UPERNET_T)):
+        ours, theirs = (flat(config_of(file_of(name)).to_dict()) for name in (f'{Path(whole).parent}/{short}', whole))
+        differing = {key for key in ours | theirs if ours.get(key) != theirs.get(key)}
+        allowed = ('param_scheduler.', 'train_cfg.', 'default_hooks.checkpoint.interval', 'max_', 'work_dir')
+        assert all(key.startswith(allowed) for key in differing), differing
+
+
 @pytest.mark.parametrize('name', DETECTORS)
 def test_detection_schedule_and_augmentation(name):
-    cfg = load_config(str(file_of(name)))
+    cfg = config_of(file_of(name))
     warm_up, steps = cfg.param_scheduler
     assert (warm_up.type, warm_up.start_factor, warm_up.begin, warm_up.end) == ('LinearLR', 0.001, 0, 1000)
     assert (steps.type, steps.milestones, steps.gamma, steps.end) == ('MultiStepLR', [27, 33], 0.1, 36)
@@ -167,7 +200,7 @@ def test_detection_schedule_and_augmentation(name):
 
 @pytest.mark.parametrize('name', DETECTORS[1:])
 def test_cascade_box_heads(name):
-    cfg = load_config(str(file_of(name)))
+    cfg = config_of(file_of(name))
     for head in cfg.model.roi_head.bbox_head:
         assert (head.type, head.num_shared_convs, head.num_shared_fcs) == ('ConvFCBBoxHead', 4, 1)
         assert head.norm_cfg.type == 'SyncBN' and head.reg_decoded_bbox and not head.reg_class_agnostic
@@ -176,7 +209,7 @@ def test_cascade_box_heads(name):
 
 @pytest.mark.parametrize('name', SEGMENTORS)
 def test_segmentation_schedule_augmentation_and_slide_test(name):
-    cfg = load_config(str(file_of(name)))
+    cfg = config_of(file_of(name))
     crop, stride = (640, 426) if '_640_' in name else (512, 341)
     warm_up, poly = cfg.param_scheduler
     assert (warm_up.type, warm_up.start_factor, warm_up.begin, warm_up.end) == ('LinearLR', 1e-6, 0, 1500)
@@ -194,14 +227,14 @@ def test_segmentation_schedule_augmentation_and_slide_test(name):
 
 @every_v1
 def test_parameters_as_printed(name):
-    model = build_model(recipe(file_of(name)), 'meta')
-    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == V1[name][-1]
+    parameters = meta_model(file_of(name)).parameters()
+    assert round(sum(parameter.numel() for parameter in parameters) / 1e6) == V1[name][-1]
 
 
 @every_v1
 def test_layer_decay_groups(name):
     cfg = recipe(file_of(name))
-    groups = build_wrapper(cfg, build_model(cfg, 'meta'), 'off').optimizer.param_groups
+    groups = build_wrapper(cfg, meta_model(file_of(name)), 'off').optimizer.param_groups
     scales = LAYER_SCALES[V1[name][2], 6 if '_t_' in name else 12]
     found = sorted((round(group['lr_scale'], 5), group['weight_decay']) for group in groups)
     assert found == [(scale, decay) for scale in scales for decay in (0.0, 0.05)]

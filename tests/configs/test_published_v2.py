@@ -1,9 +1,7 @@
 """The recipes of ConvNeXt V2 are within what arXiv 2301.00808 gives (appendix A); of V2-B they are mmdet's."""
 
 import pytest
-from recipes import CONFIGS, meta_model
-
-from densekit.engine.config import load_config
+from recipes import CONFIGS, config_of, meta_model
 
 # Drop path, layer decay, whether in float32. V2-B: mmdet's projects/ConvNeXt-V2; the paper has ranges only.
 COCO = {
@@ -20,7 +18,7 @@ MODELS += [f'segmentation/upernet_convnextv2_{size}_ade20k' for size in ADE20K]
 
 
 def config(name):
-    return load_config(str(CONFIGS / f'{name}.py'))
+    return config_of(CONFIGS / f'{name}.py')
 
 
 @pytest.mark.parametrize('name', MODELS)
