@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: install demo test lint test-slow test-gpu tables clean
+.PHONY: install demo test lint test-slow test-gpu soak tables clean
 
 install: $(STAMP)
 
@@ -34,6 +34,10 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+# About 15 minutes: a run that is killed again and again until it completes, against one that is not.
+soak: $(STAMP)
+	$(BIN)/python benchmarks/soak.py
 
 # The README's table of recipes, from configs/*/metafile.yml.
 tables: $(STAMP)

@@ -310,5 +310,6 @@ def _check_sha256(path: Path, weights: Weights) -> None:
 
 def _first_line(error: BaseException) -> str:
     """What went wrong, without torch's advice to read the file unsafely."""
-    reason = str(error).split('WeightsUnpickler error:')[-1].split('Please use')[0].strip()
-    return (reason.splitlines() or [type(error).__name__])[0][:200]
+    parts = re.split(r'\n\s*\n|WeightsUnpickler error:|Please use', str(error))
+    said = [part.strip() for part in parts if part.strip() and 'weights_only' not in part]
+    return said[0].splitlines()[0][:200] if said else type(error).__name__

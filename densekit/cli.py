@@ -18,6 +18,18 @@ class UserError(Exception):
     """Something the user gave cannot be used; the text says what, what is allowed, and what to do."""
 
 
+class RunStopped(Exception):
+    """A run ended itself; the text says why, what is safe, and what to do."""
+
+    status = 3
+
+
+class Interrupted(RunStopped):
+    """A run was told to stop and saved a checkpoint first; the same command with --resume=auto goes on."""
+
+    status = 75  # sysexits.h: EX_TEMPFAIL, try again later
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Within this context, errors come from what the user gave: arguments, config, weights, data."""
@@ -39,22 +51,22 @@ def exit_status(action: Callable[[], object]) -> int:
         action: called without arguments; its result is not used.
 
     Returns:
-        0, or 2 after a user's mistake, whose message goes to standard error. With DENSEKIT_TRACEBACK=1 the traceback
-        goes there as well.
+        0; 2 after a user's mistake, 3 if a run ended itself, 75 if it was told to and saved a checkpoint first, with
+        the message on standard error. With DENSEKIT_TRACEBACK=1 the traceback goes there as well.
     """
     # OpenMP threads that wait actively take the processor from the data loaders and from whatever else runs: on two
     # shared cores a training step was 5 to 8 times slower. Read when torch is first imported.
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     try:
         action()
-    except (UserError, ImportError) as error:
+    except (UserError, RunStopped, ImportError) as error:
         if os.environ.get('DENSEKIT_TRACEBACK') == '1':
             traceback.print_exc()
         sys.stdout.flush()  # the log first, then the message
         sys.stderr.write(f'error: {error}\n')
         if isinstance(error, ImportError):
             sys.stderr.write('`python -m densekit.doctor` shows what is installed and what is missing.\n')
-        return USER_ERROR_STATUS
+        return error.status if isinstance(error, RunStopped) else USER_ERROR_STATUS
     return 0
 
 

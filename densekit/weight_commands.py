@@ -1,4 +1,4 @@
-"""What ``tools/weights.py`` does: list, show, fetch and convert published weights."""
+"""What ``tools/weights.py`` does: list, show, fetch and convert published weights, merge sharded checkpoints."""
 
 import os
 import shutil
@@ -132,7 +132,7 @@ def convert(source: str, out: str, *, prefix: str = '') -> str:
         FileNotFoundError: if there is no such source.
         ValueError: if the source is not known to be a ConvNeXt's, or ``out`` cannot be written or exists.
     """
-    target = _new_file(out)
+    target = _new_file(out, '.safetensors')
     path = local_file(source)
     content = read_checkpoint(path)
     try:
@@ -149,6 +149,27 @@ def convert(source: str, out: str, *, prefix: str = '') -> str:
     size = sum(value.numel() for value in tensors.values())
     left_out = f'{len(dropped)} tensors left out on purpose: {some(dropped)}' if dropped else 'nothing left out'
     return f'{out}: {len(tensors)} tensors, {size:,} values, from {format_} names; {left_out}'
+
+
+def merge(folder: str, out: str) -> str:
+    """Writes a sharded checkpoint as one ordinary file, whole or not at all.
+
+    Args:
+        folder: of the checkpoint.
+        out: ``.pth`` file to write, which is then tested, resumed or started from like any other.
+
+    Returns:
+        What was written.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if it is no whole checkpoint, or ``out`` cannot be written or exists.
+    """
+    from densekit.engine.sharded_files import merge as merge_parts  # late: the other commands need no engine
+
+    target = _new_file(out, '.pth')
+    count = merge_parts(Path(folder), target)
+    return f'{out}: {count} tensors put together from {folder} ({target.stat().st_size / 1e6:.1f} MB)'
 
 
 def _find(name: str) -> Weights:
@@ -173,12 +194,11 @@ def _fetched_to(folder: Path, weights: Weights) -> Path:
     return path
 
 
-def _new_file(out: str) -> Path:
+def _new_file(out: str, suffix: str) -> Path:
     path = Path(out)
-    if path.suffix != '.safetensors':
-        raise ValueError(
-            f'{out}: weights are written as safetensors; give a name that ends so: {path.stem}.safetensors'
-        )
+    if path.suffix != suffix:
+        what = {'.safetensors': 'weights are written as safetensors', '.pth': 'checkpoints are written as .pth'}[suffix]
+        raise ValueError(f'{out}: {what}; give a name that ends so: {path.stem}{suffix}')
     if path.exists():
         raise ValueError(f'{out} exists and is not overwritten; delete it or give another name')
     if not path.parent.is_dir():

@@ -24,6 +24,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help='go on from the newest checkpoint of the work folder; --resume=auto starts afresh if there is none; '
         '--resume=CKPT goes on from that one',
     )
+    parser.add_argument(
+        '--allow-changed',
+        nargs='+',
+        default=[],
+        metavar='PART',
+        help='let a resumed run differ from what it was: model optim_wrapper param_scheduler classes images seed '
+        'world_size global_batch',
+    )
+    parser.add_argument(
+        '--shard', action='store_true', help='cut model and optimizer among the processes (FSDP2), for L, XL and H'
+    )
     parser.add_argument('--amp', choices=('bf16', 'fp16', 'off'), help='precision (default: as in the config)')
     parser.add_argument(
         '--dry-run',
@@ -51,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 resume=args.resume,
                 amp=args.amp,
                 dry_run=args.dry_run,
+                allow_changed=args.allow_changed,
+                shard=args.shard,
                 options=args.cfg_options,
             )
         )

@@ -1,4 +1,4 @@
-"""Lists, shows, fetches and converts published weights."""
+"""Lists, shows, fetches and converts published weights, and merges sharded checkpoints."""
 
 import argparse
 import sys
@@ -21,6 +21,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     convert.add_argument('source', metavar='SOURCE', help='file, folder, https:// address or name in the catalogue')
     convert.add_argument('--prefix', default='', help='take only the tensors whose names begin so')
     convert.add_argument('out', metavar='OUT.safetensors', help='file to write; it must not exist')
+    merge = commands.add_parser('merge', help='make one file of a sharded checkpoint')
+    merge.add_argument('folder', metavar='FOLDER', help='of the checkpoint, e.g. work_dirs/run/iter_1000')
+    merge.add_argument('out', metavar='OUT.pth', help='file to write; it must not exist')
     return parser.parse_args(argv)
 
 
@@ -38,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             elif args.command == 'fetch':
                 for line in weight_commands.fetch(args.names, to=args.to):
                     print(line, flush=True)
+            elif args.command == 'merge':
+                print(weight_commands.merge(args.folder, args.out))
             else:
                 print(weight_commands.convert(args.source, args.out, prefix=args.prefix))
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from mmengine.dist import broadcast
 from mmengine.registry import DATASETS
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from backbones.files import some
 from densekit.report.tables import format_table
@@ -68,7 +69,8 @@ class ClassTransfer:
                 initialize()
         for layer in self.layers:
             for tensor in layer.module.state_dict().values():
-                broadcast(tensor)
+                if not isinstance(tensor, DTensor):  # of which each process has a part of its own
+                    broadcast(tensor)
 
     def apply(self, weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         """Puts the checkpoint's rows where the run has them; fresh rows are the model's.
@@ -86,8 +88,9 @@ class ClassTransfer:
             here, there = self._rows(layer)
             for key in (f'{layer.name}.{name}' for name in layer.module.state_dict()):
                 if key in weights and weights[key].shape[1:] == own[key].shape[1:]:
-                    moved[key] = own[key].clone()
-                    moved[key][here] = weights[key][there].to(own[key])
+                    fresh = own[key]
+                    moved[key] = fresh.full_tensor() if isinstance(fresh, DTensor) else fresh.clone()
+                    moved[key][here] = weights[key][there].to(moved[key])
         return moved
 
     def __str__(self) -> str:

@@ -18,12 +18,15 @@ from densekit.engine.config_check import check_types
 # Read from the config by mmengine, mmdet, mmseg or densekit although they are no argument of the Runner.
 _OTHER_KEYS = {
     'activation_checkpointing',
+    'allow_changed',
     'compile',
     'custom_imports',
+    'data_checks',
     'efficient_conv_bn_eval',
     'find_unused_parameters',
     'model_wrapper_cfg',
     'runner_type',
+    'sharding',
     'sync_bn',
     'tta_model',
     'tta_pipeline',
@@ -38,6 +41,7 @@ _VARIABLES = {'act_cfg', 'conv_cfg', 'norm_cfg'}
 _SMALL_SECTIONS = {
     'auto_scale_lr': {'base_batch_size', 'enable'},
     'randomness': {'deterministic', 'diff_rank_seed', 'seed'},
+    'sharding': {'activation_checkpointing', 'param_dtype', 'sharded_checkpoints'},
 }
 _TOP_LEVEL = set(inspect.signature(Runner.__init__).parameters) - {'self', 'cfg'} | _OTHER_KEYS
 

@@ -2,10 +2,12 @@
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 def detect_launcher(env: Mapping[str, str]) -> str:
@@ -74,13 +76,40 @@ def _first_host(nodes: str) -> str:
     return listed.stdout.split()[0]
 
 
-def init_cpu_process_group() -> None:
-    """Starts gloo below torchrun on a machine without CUDA, where mmengine's own route calls torch.cuda."""
+def init_cpu_process_group(timeout: float | None = None) -> None:
+    """Starts gloo below torchrun on a machine without CUDA, where mmengine's own route calls torch.cuda.
+
+    Args:
+        timeout: seconds after which processes that wait for another one give up; default torch's.
+    """
     if not torch.cuda.is_available() and not dist.is_initialized():
-        dist.init_process_group('gloo')
+        dist.init_process_group('gloo', timeout=None if timeout is None else timedelta(seconds=timeout))
+
+
+def from_first(text: str) -> str:
+    """The text that the first process has, in all of them. Bytes travel, not pickles, which could run code."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return text
+    device = torch.device('cuda', torch.cuda.current_device()) if dist.get_backend() == 'nccl' else torch.device('cpu')
+    content = torch.frombuffer(bytearray(text.encode() or b'\0'), dtype=torch.uint8).to(device)
+    length = torch.tensor([len(text.encode())], device=device)
+    dist.broadcast(length, 0)
+    if dist.get_rank() != 0:
+        content = torch.zeros(max(int(length), 1), dtype=torch.uint8, device=device)
+    dist.broadcast(content, 0)
+    return bytes(content[: int(length)].tolist()).decode()
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Replaces tensors by their mean over all processes, in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= dist.get_world_size()
 
 
 def end_process_group() -> None:
     """Leaves the group, if there is one; NCCL warns of processes that end without."""
     if dist.is_initialized():
+        dist.barrier()  # a process that leaves while another still talks to it can abort that one
         dist.destroy_process_group()

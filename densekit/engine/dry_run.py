@@ -168,6 +168,7 @@ def _show_data(runner: DensekitRunner) -> list[str]:
     loops = {'train': runner.train_loop} | ({'val': runner.val_loop} if runner.val_loop is not None else {})
     for name, loop in loops.items():
         dataset = loop.dataloader.dataset
+        dataset = getattr(dataset, 'inner', dataset)  # what names samples in errors, around the one of the config
         classes[name] = tuple((getattr(dataset, 'metainfo', None) or {}).get('classes') or ())
         names = ', '.join(classes[name])
         names = names if len(names) <= _NAMES_WIDTH else f'{names[: _NAMES_WIDTH - 3]}...'

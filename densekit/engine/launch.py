@@ -1,19 +1,22 @@
 """What tools/train.py and tools/test.py do."""
 
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS, init_default_scope
 
-from densekit.cli import check_writable, user_errors
+from densekit.cli import RunStopped, UserError, check_writable, user_errors
+from densekit.data.loader import WorkerError
+from densekit.data.sampling import SampleError
 from densekit.engine.config import load_config, set_amp
 from densekit.engine.distributed import end_process_group, prepare_launcher
 from densekit.engine.dry_run import rehearse
 from densekit.engine.runner import DensekitRunner
+from densekit.engine.store import CheckpointNotSaved
 from densekit.report.tables import metrics_table
 
 
@@ -25,6 +28,8 @@ def train(
     resume: str | None = None,
     amp: str | None = None,
     dry_run: bool = False,
+    allow_changed: Sequence[str] = (),
+    shard: bool = False,
     options: Sequence[str] = (),
 ) -> list[str]:
     """Trains and validates a recipe.
@@ -33,10 +38,12 @@ def train(
         config: path of the config file.
         work_dir: folder of logs and checkpoints; default work_dirs/<name of the config>.
         load_from: checkpoint of a whole model to start from, of whatever classes.
-        resume: '' to go on from the newest checkpoint in the work folder, 'auto' the same but from the start if there
-            is none, else the checkpoint to go on from.
+        resume: '' to go on from the newest checkpoint of the work folder that can be used, 'auto' the same but from
+            the start if there is none, else the checkpoint to go on from.
         amp: 'bf16', 'fp16' or 'off'; default as in the config.
         dry_run: build and check all that training needs and show what it is; do not train.
+        allow_changed: in what a resumed run may differ from what it was; see :data:`densekit.engine.contract.PARTS`.
+        shard: cut model, gradients and optimizer among the processes (FSDP2), as ``sharding`` in the config says.
         options: ``key=value`` texts that change the config.
 
     Returns:
@@ -44,6 +51,7 @@ def train(
 
     Raises:
         UserError: if something given cannot be used.
+        RunStopped: if the run ended itself, or was told to.
     """
     with user_errors():
         if load_from is not None and resume is not None:
@@ -55,22 +63,23 @@ def train(
             cfg.load_from, cfg.resume = load_from, False
         elif resume is None and cfg.get('resume') and not cfg.get('load_from'):
             resume = 'auto'  # what these keys of a config mean to mmengine
-        if resume is not None:
-            checkpoint = latest_checkpoint(cfg.work_dir) if resume in ('', 'auto') else resume
-            cfg.load_from, cfg.resume = checkpoint or cfg.get('load_from'), checkpoint is not None
+        if resume in ('', 'auto'):
+            cfg.resume = resume or 'required'
+        elif resume is not None:
+            cfg.load_from, cfg.resume = resume, True
+        if shard:
+            cfg.setdefault('sharding', {})
+        if allow_changed:
+            cfg.allow_changed = list(allow_changed)
         runner = _build_runner(cfg)
-        if resume == '' and not cfg.resume:
-            raise ValueError(
-                f'--resume: no checkpoint in {cfg.work_dir}. Give --work-dir of the run, --resume=CHECKPOINT, or '
-                '--resume=auto to start from the beginning when there is none.'
-            )
         problems: list[str] = []
         if dry_run:
             problems = rehearse(runner)
         else:
             runner.prepare('train', 'val')
     if not dry_run:
-        runner.train()
+        with run_errors():
+            runner.train()
     end_process_group()
     return problems
 
@@ -109,7 +118,8 @@ def test(
             _use_tta(cfg)
         runner = _build_runner(cfg)
         runner.prepare('test')
-    metrics = {name: float(value) for name, value in runner.test().items()}  # mmseg's are NumPy scalars
+    with run_errors():
+        metrics = {name: float(value) for name, value in runner.test().items()}  # mmseg's are NumPy scalars
     print_log(f'results of {checkpoint}\n{metrics_table(metrics)}', logger='current')
     if out is not None and runner.rank == 0:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -118,30 +128,15 @@ def test(
     return metrics
 
 
-def latest_checkpoint(work_dir: str) -> str | None:
-    """The newest checkpoint of a run.
-
-    mmengine's ``last_checkpoint`` file holds a path that is wrong once the folder has moved, so only its last part
-    counts; where that file is missing, the highest epoch or iteration does.
-
-    Args:
-        work_dir: folder of the run.
-
-    Returns:
-        A path, or None if the folder has no checkpoint.
-    """
-    folder = Path(work_dir)
-    pointer = folder / 'last_checkpoint'
-    if pointer.is_file():
-        named = folder / Path(pointer.read_text(encoding='utf-8').strip()).name
-        if named.is_file():
-            return str(named)
-    numbered = {}
-    for path in folder.glob('*.pth'):
-        match = re.fullmatch(r'(?:epoch|iter)_(\d+)\.pth', path.name)
-        if match:
-            numbered[int(match[1])] = path
-    return str(numbered[max(numbered)]) if numbered else None
+@contextmanager
+def run_errors() -> Iterator[None]:
+    """Within this context, what a run may meet on its way is told in a line, not in a traceback."""
+    try:
+        yield
+    except SampleError as error:
+        raise UserError(str(error)) from error
+    except (WorkerError, CheckpointNotSaved) as error:
+        raise RunStopped(str(error)) from error
 
 
 def _load(config: str, options: Sequence[str], work_dir: str | None) -> Config:

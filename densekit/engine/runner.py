@@ -1,24 +1,51 @@
-"""mmengine's Runner with what it gets wrong or passes over mended. The training loop itself is untouched."""
+"""mmengine's Runner with what it gets wrong or passes over mended."""
 
+import copy
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from mmengine.device import get_device
 from mmengine.dist import broadcast, is_distributed
-from mmengine.hooks import Hook
-from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.model import BaseTTAModel, convert_sync_batchnorm, is_model_wrapper, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from mmengine.runner.checkpoint import save_checkpoint as save_remotely
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from backbones.files import read_checkpoint
+from densekit.cli import RunStopped
+from densekit.data.checks import check_data
+from densekit.data.faults import describe, raise_for
+from densekit.data.loader import run_loader
 from densekit.data.locate import check_dataset_files
+from densekit.engine import store
+from densekit.engine.checkpoint_hook import DensekitCheckpointHook
 from densekit.engine.class_transfer import ClassTransfer, check_class_order, dataset_classes, plan_transfer
 from densekit.engine.consistency import check_channels, check_classes
-from densekit.engine.distributed import init_cpu_process_group
+from densekit.engine.distributed import from_first, init_cpu_process_group
+from densekit.engine.guards import FiniteGuard, StopSignalHook
+from densekit.engine.loops import ResumableEpochLoop, ResumableIterLoop
+from densekit.engine.resume import OURS, check_run, is_sharded_checkpoint, restore, run_state, settled_gradients
+from densekit.engine.sharded_files import load_sharded, outline, save_sharded
+from densekit.engine.sharding import gathered, is_sharded, load_full_optimizer_state, shard
+from densekit.engine.state import on_cpu
 from densekit.engine.weights import check_fit, check_resumable, converted_weights, own_weights
+
+# What a run gets in the place of mmengine's own; classes that a user derived from these stay.
+_SAFER: dict[Any, type] = {
+    CheckpointHook: DensekitCheckpointHook,
+    EpochBasedTrainLoop: ResumableEpochLoop,
+    IterBasedTrainLoop: ResumableIterLoop,
+}
+_SAFER |= {f'{scope}{old.__name__}': new for old, new in _SAFER.items() for scope in ('', 'mmengine.')}
 
 _ALONE = 'a single process has nothing to synchronize with'
 
@@ -53,34 +80,84 @@ class DensekitRunner(Runner):
     - a checkpoint is read without executing anything in it, and must fit the model exactly; that of another project
       is renamed, and training takes one of other classes by their names;
     - mistakes show in the order model, weights, data, before the first data set is built;
-    - a learning rate made for another global batch is pointed out.
+    - a learning rate made for another global batch is pointed out;
+    - checkpoints are whole and checked, and a run goes on from them to the bit, from the middle of an epoch as well;
+      other classes, schedule, number of processes and the like are an error (:mod:`densekit.engine.contract`);
+    - it stops before it steps on numbers that are none, and, with a checkpoint, on SIGTERM
+      (:mod:`densekit.engine.guards`).
+
+    Attributes:
+        validated_at: the iteration after which the last validation was completed.
+        saved_at: the iteration after which the last checkpoint was written.
     """
 
+    model: Any
     optim_wrapper: Any  # a config until prepare() builds it
+    param_schedulers: Any  # likewise
+    _resume: Any  # bool, or 'auto' or 'required' until the checkpoint is found
+    _load_from: str | None
+    validated_at: int | None = None
+    saved_at: int | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._prepared: set[str] = set()
         self._weights_initialized = False
         self._classes: tuple[str, ...] | None = None  # to train on, where the weights may be of others
+        self._to_resume: dict[str, Any] = {}  # what a checkpoint says of its run
         super().__init__(*args, **kwargs)
         if self.distributed:
             self.register_hook(SameBuffersHook())
+        guard = FiniteGuard()
+        self.register_hook(guard)
+        self.register_hook(StopSignalHook(guard))
 
     def setup_env(self, env_cfg: dict) -> None:
         """Starts the process group and sets limits, as mmengine does."""
         if self.distributed and not is_distributed():
-            init_cpu_process_group()
+            init_cpu_process_group((env_cfg.get('dist_cfg') or {}).get('timeout'))
         super().setup_env(env_cfg)
+
+    def set_randomness(self, seed: int | None, diff_rank_seed: bool = False, deterministic: bool = False) -> None:
+        """Seeds the generators; ``deterministic`` has CUDA use algorithms that give the same bits each time."""
+        if deterministic:
+            os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # without it cuBLAS refuses
+        super().set_randomness(seed, diff_rank_seed, deterministic)
+
+    def register_hook(self, hook: Hook | dict, priority: Any = None) -> None:
+        """Registers a hook; mmengine's checkpoint hook becomes the one that writes safely."""
+        super().register_hook(_safer(hook), priority)
+
+    def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """Builds the training loop; mmengine's become those that go on from any iteration."""
+        if isinstance(loop, Mapping):
+            by_epoch = loop.get('by_epoch', True)
+            named = {'type': EpochBasedTrainLoop if by_epoch else IterBasedTrainLoop, **loop}
+            if 'type' not in loop:
+                named.pop('by_epoch', None)
+            loop = _safer(named)
+        return super().build_train_loop(loop)
+
+    @staticmethod
+    def build_dataloader(
+        dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
+    ) -> DataLoader:
+        """Builds a data loader whose errors name the sample; that of training is made reproducible by its loop."""
+        return run_loader(Runner.build_dataloader(dataloader, seed, diff_rank_seed), seed)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Moves the model to its device and wraps it for several processes."""
         if is_model_wrapper(model):
             return super().wrap_model(model_wrapper_cfg, model)
         if not self.distributed:
+            if self.cfg.get('sharding') is not None:
+                raise ValueError('sharding (--shard) cuts a model among processes, and this is one: use torchrun')
             return self._without_sync_bn(model.to(get_device()), _ALONE)
         if self.world_size == 1 or dist.get_backend() == 'gloo':
             model = self._without_sync_bn(model, _ALONE if self.world_size == 1 else 'gloo cannot synchronize them')
             self.cfg.sync_bn = None  # mmengine would turn them back
+        if self.cfg.get('sharding') is not None:  # prepare() shards it, once it has its first weights
+            sync_bn = self.cfg.get('sync_bn')
+            return convert_sync_batchnorm(model, sync_bn) if sync_bn else model
         if not torch.cuda.is_available():
             model_wrapper_cfg = {
                 'type': 'MMDistributedDataParallel',
@@ -105,7 +182,7 @@ class DensekitRunner(Runner):
 
         Raises:
             FileNotFoundError: if a checkpoint or something of a data set is missing.
-            ValueError: if weights do not fit, or a run cannot go on from the checkpoint.
+            ValueError: if weights do not fit, a run cannot go on from the checkpoint, or the data is faulty.
         """
         if self._prepared.issuperset(loops):
             return
@@ -119,19 +196,28 @@ class DensekitRunner(Runner):
         """The first half of :meth:`prepare`: optimizer and weights."""
         check_channels(self.bare_model())
         if 'train' in loops:
-            self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
+            self._find_checkpoint()
         self._init_model_weights()
+        if self.cfg.get('sharding') is not None and not is_sharded(self.model):
+            options = {key: value for key, value in self.cfg.sharding.items() if key != 'sharded_checkpoints'}
+            self.model = shard(self.model, **options)
+        if 'train' in loops:
+            self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
         if self._load_from is not None and not self._has_loaded:
             self._check_checkpoint(self._load_from, loops)
 
     def prepare_data(self, *loops: str) -> None:
         """The second half of :meth:`prepare`: data sets, and whether the model has their classes."""
         check_dataset_files(self.cfg, loops)
+        if self.cfg.get('data_checks', True):
+            self._check_data(loops)
         for loop in loops:
             built = getattr(self, f'{loop}_loop')  # with its data sets; None for a run without validation
             if built is not None:
                 metainfo = getattr(built.dataloader.dataset, 'metainfo', {})
                 check_classes(self.bare_model(), metainfo.get('classes'), loop)
+        if 'train' in loops and self._to_resume:
+            check_run(self, str(self._load_from), self._to_resume)
 
     def train(self) -> nn.Module:
         """Trains and validates."""
@@ -168,9 +254,11 @@ class DensekitRunner(Runner):
             FileNotFoundError: if there is no such file.
             ValueError: if it cannot be read, or its keys or shapes do not fit the model.
         """
-        checkpoint = read_checkpoint(
-            filename, map_location, trust_pickle=self._resume
-        )  # a run's own file is no stranger's
+        if is_sharded_checkpoint(filename):
+            optimizer = self.optim_wrapper if self._resume else None
+            checkpoint = load_sharded(Path(filename), self.bare_model(), optimizer, trust_pickle=self._resume)
+        else:  # a run's own file is no stranger's
+            checkpoint = read_checkpoint(filename, map_location, trust_pickle=self._resume)
         # mmengine's resume executes this text as Python; densekit does not run what a checkpoint says.
         checkpoint.get('meta', {}).pop('config', None)
         model = self.bare_model()
@@ -186,6 +274,95 @@ class DensekitRunner(Runner):
         by_name = '' if transfer is None or transfer.changes_nothing else ', its classes by name'
         self.logger.info(f'Loaded every weight of the model from {filename}{by_name}{changes and f" ({changes})"}')
         return checkpoint
+
+    def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Goes on with the run of a checkpoint where it left off.
+
+        Args:
+            filename: a checkpoint with the state of a run.
+            *args: accepted because mmengine passes them; optimizer and schedulers are always resumed.
+            **kwargs: likewise.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it cannot be read or does not fit.
+        """
+        checkpoint = self.load_checkpoint(filename)
+        self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
+        load_full_optimizer_state(self.optim_wrapper, checkpoint['optimizer'])
+        if self.param_schedulers is not None:
+            self.param_schedulers = self.build_param_scheduler(self.param_schedulers)
+        restore(self, checkpoint)
+        self.logger.info(f'resumed epoch: {self.epoch}, iter: {self.iter}')
+
+    def save_checkpoint(
+        self,
+        out_dir: str,
+        filename: str,
+        file_client_args: dict | None = None,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+        meta: dict | None = None,
+        by_epoch: bool = True,
+        backend_args: dict | None = None,
+    ) -> None:
+        """Writes a checkpoint, whole or not at all. All processes call this, the first one writes.
+
+        mmengine can read the file: it holds tensors and plain data only.
+
+        Args:
+            out_dir: folder, or a remote address, which mmengine writes to.
+            filename: name of the file.
+            file_client_args: what mmengine had before ``backend_args``; not supported.
+            save_optimizer: include the optimizer, to resume.
+            save_param_scheduler: include the schedulers, to resume.
+            meta: 'epoch' and 'iter' if others than by ``by_epoch``.
+            by_epoch: called at the end of an epoch (mmengine's counters are behind by one epoch then, or else by one
+                iteration).
+            backend_args: of a remote address.
+
+        Raises:
+            CheckpointNotSaved: in the first process, if it cannot be written.
+            RunStopped: in the others, likewise.
+        """
+        ends = {'epoch': self.epoch + by_epoch, 'iter': self.iter + (not by_epoch), **(meta or {})}
+        content = run_state(self, ends, save_param_scheduler)
+        content['state_dict'] = self.bare_model().state_dict()
+        if save_optimizer:
+            content['optimizer'] = self.optim_wrapper.state_dict()
+            content[OURS]['gradients'] = settled_gradients(self)
+        path, facts = Path(out_dir, filename), {key: ends[key] for key in ('epoch', 'iter')}
+        if is_sharded(self.bare_model()) and self.cfg.sharding.get('sharded_checkpoints'):
+            self.call_hook('before_save_checkpoint', checkpoint=content)
+            save_sharded(path.with_suffix(''), content, facts)
+        else:
+            self._save_whole(content, path, facts, f'{out_dir}/{filename}', backend_args)
+        self.saved_at = ends['iter']
+
+    def _save_whole(
+        self, content: dict[str, Any], path: Path, facts: dict[str, int], address: str, backend_args: dict | None
+    ) -> None:
+        """Writes one file in the first process, and lets the others know how it went."""
+        if is_sharded(self.bare_model()):
+            self.call_hook('before_save_checkpoint', checkpoint=content)
+            content = gathered(content)
+        elif self.rank == 0:
+            content = on_cpu(content)
+            self.call_hook('before_save_checkpoint', checkpoint=content)
+        failure: OSError | None = None
+        if self.rank == 0:
+            try:
+                if backend_args or '://' in address:
+                    save_remotely(content, address, backend_args=backend_args)
+                else:
+                    store.save(path, content, facts)
+            except OSError as error:
+                failure = error
+        said = from_first(str(failure or ''))
+        if failure is not None:
+            raise failure
+        if said:
+            raise RunStopped(said)
 
     def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
         """Scales the learning rate to the global batch if asked to, and says so if it ought to be.
@@ -226,9 +403,50 @@ class DensekitRunner(Runner):
             model = model.module
         return model
 
+    def _check_data(self, loops: tuple[str, ...]) -> None:
+        """Looks for faults in annotations and files. One process looks, and all end if there are any."""
+        said = ''
+        if self.rank == 0:
+            faults = check_data(self.cfg, loops)
+            try:
+                raise_for(faults)
+                if faults:
+                    self.logger.warning(describe(faults))
+            except ValueError as error:
+                said = str(error)
+        if said := from_first(said):
+            raise ValueError(f'{said}\n--cfg-options data_checks=False goes on regardless.')
+
+    def _find_checkpoint(self) -> None:
+        """Turns ``resume`` into a checkpoint to go on from: one that is named, or the newest that can be used."""
+        wanted = self._resume
+        if not wanted:
+            return
+        if wanted is True and self._load_from is not None:
+            if reason := from_first(store.problem(Path(self._load_from)) or ''):
+                raise ValueError(f'checkpoint {self._load_from} cannot be used: {reason}')
+            return
+        folder = Path(self.work_dir)
+        found: list[Any] = list(store.newest_valid(folder)) if self.rank == 0 else []
+        path, skipped = json.loads(from_first(json.dumps([str(found[0] or ''), found[1]] if found else [])))
+        for line in skipped:
+            self.logger.warning(f'checkpoint passed over: {line}')
+        if wanted == 'required' and not path:
+            raise ValueError(
+                f'--resume: no checkpoint in {folder} that can be used. Give --work-dir of the run, '
+                '--resume=CHECKPOINT, or --resume=auto to start from the beginning when there is none.'
+            )
+        self._resume = bool(path)
+        self._load_from = path or self._load_from
+        if not path:
+            self.logger.info(f'No checkpoint in {folder}: this run starts from the beginning.')
+
     def _check_checkpoint(self, filename: str, loops: tuple[str, ...]) -> None:
         """Finds out whether :meth:`load_checkpoint` is going to succeed; the model is not changed."""
-        checkpoint = read_checkpoint(filename, trust_pickle=self._resume)
+        if is_sharded_checkpoint(filename):
+            checkpoint = outline(Path(filename), trust_pickle=self._resume)
+        else:
+            checkpoint = read_checkpoint(filename, trust_pickle=self._resume)
         training = 'train' in loops
         classes = dataset_classes(getattr(self, f'_{"train" if training else loops[0]}_dataloader'))
         check_classes(self.bare_model(), classes, 'train' if training else loops[0])
@@ -241,7 +459,9 @@ class DensekitRunner(Runner):
             self.logger.warning(warning)
         check_fit(filename, weights, self.bare_model())
         if training and self._resume:
-            check_resumable(filename, checkpoint, self.optim_wrapper)
+            check_resumable(filename, checkpoint, self.optim_wrapper, self.param_schedulers)
+            self._to_resume = {key: checkpoint.get(key) or {} for key in ('meta', OURS)}
+            self._take_seed(checkpoint['meta'].get('seed'))
         if str(transfer or ''):
             self.logger.info(str(transfer))
 
@@ -254,6 +474,12 @@ class DensekitRunner(Runner):
         if not self._classes:
             return weights, changes, None
         return weights, changes, plan_transfer(filename, checkpoint, weights, model, self._classes)
+
+    def _take_seed(self, seed: int | None) -> None:
+        """Uses the seed that the run to go on with drew, if the config has none: the data's order depends on it."""
+        if seed is not None and self._randomness_cfg.get('seed') is None:
+            self._randomness_cfg['seed'] = seed
+            self.set_randomness(**self._randomness_cfg)
 
     def _log_env(self, env_cfg: dict) -> None:
         self._env_cfg = env_cfg  # logged once all is built: pages of it would bury the message of a mistake
@@ -275,3 +501,9 @@ class DensekitRunner(Runner):
             self.logger.info(f'{count} SyncBN layers become BN: {reason}')
             model = revert_sync_batchnorm(model)
         return model
+
+
+def _safer(part: Any) -> Any:
+    """A hook's or loop's config with ours in the place of mmengine's type; anything else as it is."""
+    kind = part.get('type') if isinstance(part, Mapping) else None
+    return {**copy.deepcopy(dict(part)), 'type': _SAFER[kind]} if kind in _SAFER else part

@@ -102,16 +102,20 @@ def check_fit(filename: str, weights: Mapping[str, Tensor], model: nn.Module) ->
         raise _misfit(filename, weights, model)
 
 
-def check_resumable(filename: str, checkpoint: Mapping[str, Any], optim_wrapper: OptimWrapper) -> None:
+def check_resumable(
+    filename: str, checkpoint: Mapping[str, Any], optim_wrapper: OptimWrapper, param_schedulers: Any = None
+) -> None:
     """Checks that a run can go on from a checkpoint whose weights fit.
 
     Args:
         filename: for the message.
         checkpoint: the dictionary in the file.
         optim_wrapper: of the run that is to go on.
+        param_schedulers: of that run, built or not.
 
     Raises:
-        ValueError: if there are weights only, or the optimizer's groups of parameters are others.
+        ValueError: if there are weights only, or the optimizer's groups of parameters or the number of schedulers are
+            others.
     """
     lacking = [key for key in ('meta', 'message_hub', 'optimizer', 'param_schedulers') if key not in checkpoint]
     if lacking:
@@ -127,6 +131,20 @@ def check_resumable(filename: str, checkpoint: Mapping[str, Any], optim_wrapper:
             f'groups there, {sum(own)} in {len(own)} groups here. Resume with the config of that run, or start a new '
             'one from its weights: --load-from.'
         )
+
+    schedulers, saved_schedulers = _lengths(param_schedulers), _lengths(checkpoint['param_schedulers'])
+    if schedulers != saved_schedulers:
+        raise ValueError(
+            f'checkpoint {filename} is of a run with {saved_schedulers} schedulers (param_scheduler), and this config '
+            f'has {schedulers}. Resume with the config of that run, or start a new one from its weights: --load-from.'
+        )
+
+
+def _lengths(schedulers: Any) -> Any:
+    """How many schedulers there are; one by itself is a dictionary with a type."""
+    if isinstance(schedulers, Mapping):
+        return 1 if 'type' in schedulers else {name: _lengths(group) for name, group in schedulers.items()}
+    return len(schedulers) if isinstance(schedulers, list | tuple) else int(schedulers is not None)
 
 
 def _misfit(

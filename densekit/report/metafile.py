@@ -112,7 +112,10 @@ def find_recipe(config: Path) -> Recipe | None:
 
 def _load(path: Path) -> Any:
     """As safe_load, with libyaml where PyYAML has it: ten times as fast."""
-    return yaml.load(path.read_text(encoding='utf-8'), Loader=getattr(yaml, 'CSafeLoader', yaml.SafeLoader))
+    try:
+        return yaml.load(path.read_text(encoding='utf-8'), Loader=getattr(yaml, 'CSafeLoader', yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise ValueError(f'{path} cannot be read: {error}') from error
 
 
 def _recipes(document: Any, path: Path) -> list[Recipe]:

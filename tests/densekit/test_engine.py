@@ -15,7 +15,6 @@ from torch import nn
 from densekit import cli
 from densekit.engine.amp import AutocastOptimWrapper
 from densekit.engine.config import set_amp
-from densekit.engine.launch import latest_checkpoint
 from densekit.engine.runner import DensekitRunner
 from densekit.engine.weights import fitting_weights
 
@@ -238,18 +237,6 @@ def test_weights_that_fit():
     own = Toy().state_dict()
     wrapped = {'state_dict': {f'module.{key}': value for key, value in own.items()}}
     assert fitting_weights('file.pth', wrapped, Toy()).keys() == own.keys()
-
-
-def test_the_latest_checkpoint_of_a_folder(tmp_path):
-    assert latest_checkpoint(str(tmp_path / 'missing')) is None
-    assert latest_checkpoint(str(tmp_path)) is None
-    (tmp_path / 'last_checkpoint').write_text('/elsewhere/iter_9.pth')
-    assert latest_checkpoint(str(tmp_path)) is None
-    for name in ('iter_900.pth', 'iter_1000.pth', 'best_coco_iter_2000.pth'):
-        (tmp_path / name).touch()
-    assert latest_checkpoint(str(tmp_path)) == str(tmp_path / 'iter_1000.pth')
-    (tmp_path / 'last_checkpoint').write_text('/elsewhere/iter_900.pth\n')  # this run went back
-    assert latest_checkpoint(str(tmp_path)) == str(tmp_path / 'iter_900.pth')
 
 
 def test_a_users_mistake_is_a_message_and_status_2(capsys, monkeypatch):

@@ -189,10 +189,6 @@ def test_weights_that_are_named(rehearsal, tiny, tmp_path):
         (['train_cfg.max_iters=40'], 'CosineAnnealingLR begins at iteration 50, and training ends at 40'),
         (['train_cfg.max_iters=600'], 'CosineAnnealingLR ends at iteration 500, and training goes on to 600'),
         ([WHOLE, 'param_scheduler.0.by_epoch=True'], 'LinearLR counts epochs and training counts iterations'),
-        (
-            [WHOLE, 'train_dataloader.dataset.filter_cfg.min_size=65', 'train_dataloader.dataset.serialize_data=False'],
-            'the train data set has no image left to use',
-        ),
         ([WHOLE, 'train_cfg.val_begin=501'], 'validation begins at 501, and training ends at 500'),
         ([WHOLE, 'default_hooks.checkpoint.by_epoch=True'], 'checkpoints are counted in epochs'),
         (
@@ -246,7 +242,8 @@ def test_an_inconsistency_of_a_config(rehearsal, changed, text, said):
     ('options', 'said'),
     [
         (['val_evaluator=None'], 'val_evaluator'),
-        (['model.roi_head.bbox_head.num_classes=7'], 'the train data set has 5 classes'),
+        (['model.roi_head.bbox_head.num_classes=7'], 'a head of the model has another number of classes'),
+        (['train_dataloader.dataset.filter_cfg.min_size=65'], 'nothing-left'),
         (['model.backbone.arch.channels=(8,8,8,8)'], 'but the backbone emits [8, 8, 8, 8]'),
         (['auto_scale_lr.enable=True', 'auto_scale_lr.base_batch_size=None'], 'auto_scale_lr needs base_batch_size'),
     ],

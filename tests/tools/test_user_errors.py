@@ -99,7 +99,7 @@ def test_data_that_is_not_there(mistake, tmp_path, config):
 def test_generated_data_of_other_parameters(mistake, tiny, tmp_path):
     shutil.copytree(tiny.data, tmp_path / 'data')
     options = [f'{loop}_dataloader.dataset.data_root={tmp_path}/data' for loop in ('train', 'val')]
-    options += ['train_dataloader.dataset.shapes.size=32', f'val_evaluator.ann_file={tmp_path}/data/x.json']
+    options += ['train_dataloader.dataset.shapes.size=32', f'val_evaluator.ann_file={tmp_path}/data/coco/annotations/instances_val.json']
     said = mistake('train', tiny.det, '--cfg-options', *options)
     assert f'{tmp_path}/data is not the shapes data set asked for' in said
     assert 'Delete this folder' in said
@@ -115,7 +115,7 @@ def test_a_checkpoint_that_cannot_be_used(mistake, tiny, weights):
         assert said.startswith('checkpoint cut.pth cannot be read (100,000 bytes)')
         assert 'Copy or download it again' in said
     assert 'checkpoint cut.pth cannot be read' in mistake('train', tiny.det, '--load-from', 'cut.pth')
-    assert 'checkpoint cut.pth cannot be read' in mistake('train', tiny.det, '--resume=cut.pth')
+    assert 'checkpoint cut.pth cannot be used: it is truncated' in mistake('train', tiny.det, '--resume=cut.pth')
 
     said = mistake('test', tiny.seg, weights)
     assert f'checkpoint {weights} does not fit the EncoderDecoder of this config; nothing was loaded' in said

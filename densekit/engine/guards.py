@@ -1,0 +1,250 @@
+"""Stops a run before it steps on numbers that are none, and when it is told to: on all processes at the same step."""
+
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mmengine.hooks import EMAHook, Hook
+from mmengine.optim import OptimWrapperDict
+from torch import Tensor, nn
+
+from backbones.files import some
+from densekit.cli import Interrupted, RunStopped
+from densekit.engine.checkpoint_hook import DensekitCheckpointHook
+
+# Under float16, steps in a row that the loss scaler may skip: it halves its scale each time, from 65536 at first.
+MOST_SKIPPED = 50
+
+# Seconds within which a second SIGTERM is the same one: SLURM sends it to torchrun and to its processes, and torchrun
+# sends it to them once more.
+SAME_SIGNAL = 2.0
+
+
+class NonFiniteError(RunStopped):
+    """A loss or gradient is NaN or infinite; no parameter has been changed by it."""
+
+
+class FiniteGuard(Hook):
+    """Looks at all gradients right before every step of the optimizer, and ends the run if one is not finite.
+
+    Two numbers per step are reduced across processes, so that all end at the same step. Under float16, a step that the
+    loss scaler skips does not count, unless there is no other for long.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self) -> None:
+        self._images: list[str] = []
+        # Losses and images of the batches whose gradients make up the next step.
+        self._batches: deque[tuple[dict[str, Any], list[str]]] = deque(maxlen=1)
+        self._handles: list[Any] = []
+        self._runner: Any = None
+        self._without_step = 0  # batches
+        self.told_to_stop = False  # this process
+        self.stopping = False  # all of them, from this step on
+
+    def before_train(self, runner: Any) -> None:
+        """Attaches itself to model and optimizer."""
+        self._runner = runner
+        self._batches = deque(maxlen=getattr(runner.optim_wrapper, '_accumulative_counts', 1))
+        self._handles = [runner.bare_model().register_forward_hook(self._keep_losses)]
+        self._handles += [
+            optimizer.register_step_pre_hook(self._before_step) for optimizer in _optimizers(runner.optim_wrapper)
+        ]
+
+    def after_run(self, runner: Any) -> None:
+        """Detaches itself."""
+        for handle in self._handles:
+            handle.remove()
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Remembers the images."""
+        self._images = _images(data_batch)
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Ends a run whose steps are all skipped."""
+        self._without_step += 1
+        scaled = hasattr(runner.optim_wrapper, 'loss_scaler')
+        if scaled and self._without_step > MOST_SKIPPED * (self._batches.maxlen or 1):
+            raise NonFiniteError(
+                f'iteration {runner.iter + 1}: no step of the optimizer for {self._without_step} batches. Under '
+                'float16 that means gradients that are NaN or infinite at any scale of the loss. The last checkpoint is good. '
+                'bfloat16 has the range for them: --amp bf16, or off.'
+            )
+
+    def _keep_losses(self, module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Mapping):
+            self._batches.append((_detached(output), self._images))
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        device = next(p.device for group in optimizer.param_groups for p in group['params'])
+        broken, stop = agree([_any_nonfinite(optimizer), self.told_to_stop], device)
+        self.stopping = self.stopping or stop
+        self._without_step = -1  # this batch is no such
+        if broken:
+            raise NonFiniteError(self._report(optimizer))
+
+    def _report(self, optimizer: torch.optim.Optimizer) -> str:
+        """What this process knows of it."""
+        runner = self._runner
+        several = runner.world_size > 1
+        lines = [
+            f'iteration {runner.iter + 1}{f", process {runner.rank}" if several else ""}: a gradient is NaN or '
+            'infinite. The optimizer did not step; the last checkpoint is good.'
+        ]
+        at_fault = [(losses, images) for losses, images in self._batches if any(_nonfinite(losses))]
+        for losses, images in at_fault:
+            lines.append(f'  losses of this process: {some(_nonfinite(losses))}')
+            lines.append(f'  its images: {some(images, 16)}')
+        if several and not at_fault:
+            lines.append('  the losses of this process are finite; another process may have the cause')
+        names = {id(parameter): name for name, parameter in runner.bare_model().named_parameters()}
+        broken = [
+            names.get(id(parameter), '?')
+            for parameter in _parameters(optimizer)
+            if not torch.isfinite(_gradient(parameter)).all()
+        ]
+        lines.append(f'  gradients: {some(broken)}')
+        lines.append(
+            'Common causes: the learning rate (linear rule: auto_scale_lr), no warm-up, float16 (--amp bf16 or off), '
+            'wrong boxes or labels (python tools/check_data.py CONFIG). optim_wrapper.clip_grad bounds gradients.'
+        )
+        return '\n'.join(lines)
+
+
+class StopSignalHook(Hook):
+    """On SIGTERM, saves a checkpoint at the end of the step and ends the run with a status of its own.
+
+    Batch systems send it before they take the machine away. A second one, :data:`SAME_SIGNAL` seconds later, ends the
+    process at once.
+
+    Args:
+        guard: tells the other processes, and is told when all are at the same step.
+    """
+
+    priority = 'LOWEST'  # after the checkpoint hook, which may be saving this very step
+
+    def __init__(self, guard: FiniteGuard) -> None:
+        self.guard = guard
+        self._before: Any = None
+        self._told_at = 0.0
+
+    def before_train(self, runner: Any) -> None:
+        """Listens to SIGTERM; only a main thread can."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._on_signal)
+
+    def after_run(self, runner: Any) -> None:
+        """Gives the signal back."""
+        self.release()
+
+    def release(self) -> None:
+        """Puts the former handler in place again."""
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Saves and ends, once all processes know of the signal."""
+        if self.guard.stopping:
+            self._save_and_stop(runner, {'epoch': runner.epoch, 'iter': runner.iter + 1})
+
+    def after_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Ends a validation that training would go on after."""
+        loader = runner.val_dataloader
+        everybodys = len(loader.dataset) // runner.world_size // (loader.batch_size or 1)
+        if batch_idx >= everybodys:  # a process may have one more than the others, which then would wait for ever
+            return
+        device = next(runner.bare_model().parameters()).device
+        if agree([self.guard.told_to_stop], device)[0]:
+            for hook in runner.hooks:
+                if isinstance(hook, EMAHook):
+                    hook._swap_ema_parameters()  # the model validates with the averaged weights
+            self._save_and_stop(runner, {'epoch': runner.epoch, 'iter': runner.iter})
+
+    def _save_and_stop(self, runner: Any, meta: dict[str, int]) -> None:
+        hook = next((hook for hook in runner.hooks if isinstance(hook, DensekitCheckpointHook)), None)
+        if hook is None:
+            raise Interrupted('stopped by SIGTERM; there is no hook that saves checkpoints, so nothing was saved')
+        if runner.saved_at != meta['iter']:
+            hook.save_now(runner, meta)
+        self.release()
+        raise Interrupted(
+            f'stopped by SIGTERM after iteration {meta["iter"]}; the checkpoint is in {hook.out_dir}. The same command '
+            'with --resume=auto goes on from there.'
+        )
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.guard.told_to_stop:
+            self._told_at = now
+            self.guard.told_to_stop = True
+        elif now - self._told_at > SAME_SIGNAL:
+            self.release()
+            signal.raise_signal(number)
+
+
+def agree(flags: Sequence[bool | Tensor], device: torch.device) -> list[bool]:
+    """Whether any process has raised each of some flags; all get the same answer, at the price of one reduction."""
+    stacked = torch.stack([torch.as_tensor(flag, device=device, dtype=torch.int32) for flag in flags])
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(stacked, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in stacked.tolist()]
+
+
+def _optimizers(optim_wrapper: Any) -> Iterator[torch.optim.Optimizer]:
+    wrappers = optim_wrapper.values() if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]
+    for wrapper in wrappers:
+        yield wrapper.optimizer
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """The values of a parameter's gradient; this process's part of a sharded one."""
+    gradient: Any = parameter.grad
+    if gradient.is_sparse:
+        return gradient.coalesce().values()
+    return gradient.to_local() if hasattr(gradient, 'to_local') else gradient
+
+
+def _any_nonfinite(optimizer: torch.optim.Optimizer) -> Tensor | bool:
+    gradients = [gradient for p in _parameters(optimizer) if (gradient := _gradient(p)).numel()]
+    if not gradients:
+        return False
+    # The largest magnitude: one pass for all gradients, no copies, and no sum of squares that overflows.
+    return ~torch.isfinite(torch.stack(torch._foreach_norm(gradients, float('inf')))).all()
+
+
+def _detached(losses: Mapping[str, Any]) -> dict[str, Any]:
+    """Losses without the graphs that hang on them."""
+    return {
+        name: [
+            part.detach()
+            for part in (value if isinstance(value, list | tuple) else [value])
+            if isinstance(part, Tensor)
+        ]
+        for name, value in losses.items()
+    }
+
+
+def _nonfinite(losses: Mapping[str, Any]) -> Iterator[str]:
+    """Losses that are no numbers, as texts."""
+    for name, parts in losses.items():
+        for value in (part.float().mean().item() for part in parts):
+            if value - value != 0:
+                yield f'{name} is {value:g}'
+
+
+def _images(batch: Any) -> list[str]:
+    """The files, or numbers, of a batch's images, as far as the data samples tell."""
+    samples = batch.get('data_samples', []) if isinstance(batch, Mapping) else []
+    return [str(getattr(sample, 'img_path', getattr(sample, 'img_id', '?'))) for sample in samples]

@@ -1,0 +1,140 @@
+"""mmengine's training loops with samples and model seeded for each step, so that a run can go on from any of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mmengine.dist import get_rank
+from mmengine.registry import LOOPS
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+from torch.utils.data import DataLoader
+
+from densekit.data.loader import run_loader, worker_errors
+from densekit.data.sampling import KeyedBatches, seed_everything
+
+# Keeps the random numbers of a step apart from those of a sample, which have another number of integers.
+_STEP = 1
+
+
+def _built(runner: Any, dataloader: DataLoader | dict, endless: bool) -> DataLoader:
+    """The loader as mmengine builds it, reproducible."""
+    diff_rank_seed = runner._randomness_cfg.get('diff_rank_seed', False)
+    built: DataLoader = runner.build_dataloader(dataloader, seed=runner.seed, diff_rank_seed=diff_rank_seed)
+    if built.batch_sampler is None:
+        return built
+    return run_loader(built, runner.seed, batches=KeyedBatches(built.batch_sampler, endless))
+
+
+def _start_at(dataloader: DataLoader, epoch: int, batch: int) -> None:
+    batches = dataloader.batch_sampler
+    if isinstance(batches, KeyedBatches):
+        batches.start_at(epoch, batch)
+    elif batch:
+        raise ValueError(
+            'a run can go on from the middle of an epoch only with a data set that has an index and a batch size; '
+            'resume from a checkpoint of the end of an epoch'
+        )
+
+
+@LOOPS.register_module()
+class ResumableEpochLoop(EpochBasedTrainLoop):
+    """Training counted in epochs that goes on from any iteration, to the bit.
+
+    Args:
+        runner: the runner.
+        dataloader: config of the data loader, or one that is built.
+        **kwargs: of mmengine's EpochBasedTrainLoop.
+    """
+
+    def __init__(self, runner: Any, dataloader: DataLoader | dict, **kwargs: Any) -> None:
+        super().__init__(runner, _built(runner, dataloader, endless=False), **kwargs)
+
+    @worker_errors()
+    def run(self) -> Any:
+        """Trains. A validation that was due when the run ended comes first."""
+        self.runner.call_hook('before_train')
+        at_end = self._iter == self._epoch * len(self.dataloader)
+        if self._epoch > 0 and at_end and self._due() and self.runner.validated_at != self._iter:
+            self._validate()
+        while self._epoch < self._max_epochs and not self.stop_training:
+            self.run_epoch()
+            self._decide_current_val_interval()
+            if self._due():
+                self._validate()
+        self.runner.call_hook('after_train')
+        return self.runner.model
+
+    def run_epoch(self) -> None:
+        """Trains for an epoch, or for what is left of it."""
+        self.runner.call_hook('before_train_epoch')
+        self.runner.model.train()
+        begun = self._iter - self._epoch * len(self.dataloader)
+        _start_at(self.dataloader, self._epoch, begun)
+        if begun < len(self.dataloader):
+            for idx, data_batch in enumerate(self.dataloader, begun):
+                self.run_iter(idx, data_batch)
+        self.runner.call_hook('after_train_epoch')
+        self._epoch += 1
+
+    def run_iter(self, idx: int, data_batch: Sequence[dict]) -> None:
+        """One step, with random numbers of its own."""
+        seed_everything(self.runner.seed, self._iter, get_rank(), _STEP, 0)
+        super().run_iter(idx, data_batch)
+
+    def _due(self) -> bool:
+        return (
+            self.runner.val_loop is not None
+            and self._epoch >= self.val_begin
+            and (self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs)
+        )
+
+    def _validate(self) -> None:
+        self.runner.val_loop.run()
+        self.runner.validated_at = self._iter
+
+
+@LOOPS.register_module()
+class ResumableIterLoop(IterBasedTrainLoop):
+    """Training counted in iterations that goes on from any of them, to the bit, without loading what it skips.
+
+    Args:
+        runner: the runner.
+        dataloader: config of the data loader, or one that is built.
+        **kwargs: of mmengine's IterBasedTrainLoop.
+    """
+
+    def __init__(self, runner: Any, dataloader: DataLoader | dict, **kwargs: Any) -> None:
+        super().__init__(runner, _built(runner, dataloader, endless=True), **kwargs)
+
+    @worker_errors()
+    def run(self) -> Any:
+        """Trains. A validation that was due when the run ended comes first."""
+        self.runner.call_hook('before_train')
+        self.runner.call_hook('before_train_epoch')
+        _start_at(self.dataloader, 0, self._iter)
+        if self._iter > 0 and self._due() and self.runner.validated_at != self._iter:
+            self._validate()
+        while self._iter < self._max_iters and not self.stop_training:
+            self.runner.model.train()
+            self.run_iter(next(self.dataloader_iterator))
+            self._decide_current_val_interval()
+            if self._due():
+                self._validate()
+        self.runner.call_hook('after_train_epoch')
+        self.runner.call_hook('after_train')
+        return self.runner.model
+
+    def run_iter(self, data_batch: Sequence[dict]) -> None:
+        """One step, with random numbers of its own."""
+        seed_everything(self.runner.seed, self._iter, get_rank(), _STEP, 0)
+        super().run_iter(data_batch)
+
+    def _due(self) -> bool:
+        return (
+            self.runner.val_loop is not None
+            and self._iter >= self.val_begin
+            and (self._iter % self.val_interval == 0 or self._iter == self._max_iters)
+        )
+
+    def _validate(self) -> None:
+        self.runner.val_loop.run()
+        self.runner.validated_at = self._iter

@@ -1,0 +1,182 @@
+"""A run that stops and goes on ends with the same bits as one that does not."""
+
+import hashlib
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from mmengine.dataset import BaseDataset
+from mmengine.hooks import Hook
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from timm.layers import DropPath
+from torch import nn
+
+from backbones.files import read_checkpoint
+from densekit.engine.runner import DensekitRunner
+
+pytestmark = pytest.mark.usefixtures('quick_mmengine')
+NUMBER = itertools.count()
+
+
+class Augmented(BaseDataset):
+    """Sixteen vectors; the transform adds noise from NumPy's and torch's generators."""
+
+    METAINFO = {'classes': ('a', 'b')}
+    loaded: list[int] = []
+
+    def __init__(self) -> None:
+        super().__init__(pipeline=[self.augment], serialize_data=False)
+
+    def load_data_list(self) -> list[dict]:
+        return [{'number': i, 'width': 2 + i % 2, 'height': 3 - i % 3 % 2} for i in range(16)]
+
+    @staticmethod
+    def augment(results: dict) -> dict:
+        Augmented.loaded.append(results['number'])
+        noise = np.random.rand() + torch.rand(()).item()
+        return {'x': torch.tensor([results['number'] / 16, noise])}
+
+
+class Net(BaseModel):
+    """Two layers with drop path and BN between; forward draws from torch's generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.second = nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)
+        self.drop = DropPath(0.5)
+
+    def forward(self, x, mode='tensor'):
+        y = self.second(self.drop(self.norm(self.first(torch.stack(x)))))
+        return {'loss': y.square().mean()} if mode == 'loss' else y
+
+
+def run(work_dir, *, by_epoch, workers=0, persistent=False, end=None, runner=DensekitRunner, aspect=False, **kwargs):
+    """Trains three epochs of eight batches, or 24 iterations; ``end`` stops it where a checkpoint has been written."""
+    loader = dict(
+        batch_size=2,
+        num_workers=workers,
+        persistent_workers=persistent,
+        dataset=Augmented(),
+        sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True),
+    )
+    if aspect:
+        loader['batch_sampler'] = dict(type='mmdet.AspectRatioBatchSampler')
+    config = dict(
+        model=Net(),
+        work_dir=str(work_dir),
+        train_dataloader=loader,
+        train_cfg=dict(by_epoch=True, max_epochs=3) if by_epoch else dict(by_epoch=False, max_iters=24),
+        optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=0.05)),
+        param_scheduler=[dict(type='CosineAnnealingLR', T_max=24, by_epoch=False)],
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=4)),
+        randomness=dict(seed=3),
+        experiment_name=f'resume{next(NUMBER)}',
+    )
+    built = runner(**{**config, **kwargs})
+    if end is not None:
+        stop_after(built, end)
+    try:
+        built.train()
+    except Killed:
+        pass
+    MMLogger._instance_dict.clear()
+    MessageHub._instance_dict.clear()
+    return built
+
+
+class Killed(Exception):
+    pass
+
+
+def stop_after(runner, iteration):
+    """Ends a run like a crash right after an iteration."""
+
+    class Crash(Hook):
+        def after_train_iter(self, runner, *args, **kwargs):
+            if runner.iter + 1 == iteration:
+                raise Killed
+
+    runner.register_hook(Crash(), 'LOWEST')
+
+
+def digest(folder, name='iter_24.pth'):
+    """Of weights, optimizer and schedulers of a checkpoint."""
+    checkpoint = read_checkpoint(folder / name)
+    sha = hashlib.sha256()
+
+    def feed(node):
+        if isinstance(node, torch.Tensor):
+            sha.update(node.contiguous().numpy().tobytes())
+        elif isinstance(node, dict):
+            for key in sorted(node, key=str):
+                sha.update(str(key).encode())
+                feed(node[key])
+        elif isinstance(node, list | tuple):
+            for value in node:
+                feed(value)
+        else:
+            sha.update(repr(node).encode())
+
+    feed([checkpoint[key] for key in ('state_dict', 'optimizer', 'param_schedulers')])
+    return sha.hexdigest()
+
+
+CASES = [
+    # by_epoch, workers, persistent, killed after, aspect-ratio batches
+    (True, 0, False, 16, False),
+    (True, 0, False, 13, False),
+    (True, 2, False, 16, False),
+    (True, 2, True, 13, False),
+    (True, 2, False, 13, True),
+    (False, 0, False, 12, False),
+    (False, 0, False, 15, False),
+    (False, 2, False, 15, False),
+    (False, 2, True, 15, False),
+    (False, 0, False, 13, True),
+]
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    """The digest of a run that nothing happens to; neither workers nor anything else but the loop matter."""
+    found = {}
+
+    def get(**kwargs):
+        key = tuple(sorted(kwargs.items()))
+        if key not in found:
+            folder = tmp_path_factory.mktemp('undisturbed')
+            run(folder, **kwargs)
+            found[key] = digest(folder)
+        return found[key]
+
+    return get
+
+
+@pytest.mark.parametrize(('by_epoch', 'workers', 'persistent', 'end', 'aspect'), CASES)
+def test_a_resumed_run_has_the_same_bits(tmp_path, undisturbed, by_epoch, workers, persistent, end, aspect):
+    options = dict(by_epoch=by_epoch, workers=workers, persistent=persistent, aspect=aspect)
+    run(tmp_path, **options, end=end)
+    assert not (tmp_path / 'iter_24.pth').exists()
+    expected = undisturbed(by_epoch=by_epoch, aspect=aspect)
+    Augmented.loaded.clear()
+    run(tmp_path, **options, resume=True)
+    assert digest(tmp_path) == expected
+    if not workers:  # nothing of what is skipped was loaded
+        assert len(Augmented.loaded) == 2 * (24 - end // 4 * 4)
+
+
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_mmengines_own_run_differs(tmp_path, by_epoch):
+    """The negative control: drop path and augmentation start anew there, and an epoch is done again."""
+    run(tmp_path / 'whole', by_epoch=by_epoch, runner=Runner)
+    run(tmp_path / 'parts', by_epoch=by_epoch, runner=Runner, end=13)
+    with torch.serialization.safe_globals([]), pytest.MonkeyPatch.context() as patch:
+        load = torch.load  # or it could not read what it has written
+        patch.setattr(torch, 'load', lambda *args, **kwargs: load(*args, **{**kwargs, 'weights_only': False}))
+        run(tmp_path / 'parts', by_epoch=by_epoch, runner=Runner, resume=True)
+    names = sorted(path.name for path in (tmp_path / 'parts').glob('iter_*.pth'))
+    assert 'iter_24.pth' not in names or digest(tmp_path / 'parts') != digest(tmp_path / 'whole')
