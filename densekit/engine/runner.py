@@ -13,7 +13,7 @@ from mmengine.device import get_device
 from mmengine.dist import broadcast, is_distributed
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import BaseTTAModel, convert_sync_batchnorm, is_model_wrapper, revert_sync_batchnorm
-from mmengine.optim import OptimWrapper
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from mmengine.runner.checkpoint import save_checkpoint as save_remotely
@@ -149,8 +149,6 @@ class DensekitRunner(Runner):
         if is_model_wrapper(model):
             return super().wrap_model(model_wrapper_cfg, model)
         if not self.distributed:
-            if self.cfg.get('sharding') is not None:
-                raise ValueError('sharding (--shard) cuts a model among processes, and this is one: use torchrun')
             return self._without_sync_bn(model.to(get_device()), _ALONE)
         if self.world_size == 1 or dist.get_backend() == 'gloo':
             model = self._without_sync_bn(model, _ALONE if self.world_size == 1 else 'gloo cannot synchronize them')
@@ -186,6 +184,8 @@ class DensekitRunner(Runner):
         """
         if self._prepared.issuperset(loops):
             return
+        if 'train' in loops and self.cfg.get('sharding') is not None and not self.distributed:
+            raise ValueError('sharding (--shard) cuts a model among processes, and this is one: use torchrun')
         self.prepare_model(*loops)
         self.prepare_data(*loops)
         if not self._prepared:
@@ -198,11 +198,16 @@ class DensekitRunner(Runner):
         if 'train' in loops:
             self._find_checkpoint()
         self._init_model_weights()
-        if self.cfg.get('sharding') is not None and not is_sharded(self.model):
+        if self.cfg.get('sharding') is not None and self.distributed and not is_sharded(self.model):
             options = {key: value for key, value in self.cfg.sharding.items() if key != 'sharded_checkpoints'}
             self.model = shard(self.model, **options)
         if 'train' in loops:
             self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
+            if is_sharded(self.model) and isinstance(self.optim_wrapper, AmpOptimWrapper):
+                raise ValueError(
+                    'sharding with AmpOptimWrapper (--amp fp16) is not supported: its loss scaler sees a part of the '
+                    'gradients only. Use --amp bf16, or sharding.param_dtype=bfloat16.'
+                )
         if self._load_from is not None and not self._has_loaded:
             self._check_checkpoint(self._load_from, loops)
 

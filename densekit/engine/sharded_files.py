@@ -295,7 +295,7 @@ def _put_in_place(working: Path, folder: Path) -> None:
             store.remove(replaced)
         os.replace(folder, replaced)
     os.replace(working, folder)
-    store._sync_folder(folder.parent)
+    store.sync_folder(folder.parent)
     if replaced.exists():
         store.remove(replaced)
 

@@ -316,17 +316,17 @@ def _commit(path: Path) -> None:
     manifest = manifest_of(path)
     if manifest.exists():
         manifest.unlink()
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     for file in (path, manifest):
         os.replace(partial(file), file)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def _write_in_place_of(path: Path, text: str) -> None:
     try:
         _write(partial(path), text)
         os.replace(partial(path), path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             partial(path).unlink()
@@ -343,7 +343,8 @@ def _sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Brings the names of a folder's files to the disk, where the file system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
