@@ -39,9 +39,10 @@ test-gpu: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python benchmarks/soak.py
 
-# The README's table of recipes, from configs/*/metafile.yml.
+# The README's table of recipes, from configs/*/metafile.yml, and those of docs/scaling.md, counted.
 tables: $(STAMP)
 	$(BIN)/python -m densekit.report.recipes_table
+	$(BIN)/python -m densekit.report.scaling_tables
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache

@@ -32,6 +32,7 @@ from torch import nn
 from backbones.files import some
 from densekit.engine.amp import AutocastOptimWrapper
 from densekit.engine.runner import DensekitRunner, accumulated_batches
+from densekit.engine.sharding import is_sharded
 from densekit.report.image_size import Size, padded, training_size
 from densekit.report.memory import Activations, activations, gradient_bytes, state_bytes, weight_bytes
 from densekit.report.model_tables import groups_table, parts_table, ungrouped
@@ -100,7 +101,9 @@ def _show_optimizer(runner: DensekitRunner) -> None:
     _show('Batch, in images', format_table(header, [row], align='>>>>>'), _scaling(runner, batch, recipe))
 
     runner.scale_lr(wrapper, runner.auto_scale_lr)  # as training does first of all
-    base_lr = wrapper.optimizer.defaults['lr'] * (batch / recipe if recipe and auto.get('enable') else 1)
+    base_lr = wrapper.optimizer.defaults['lr'] * (
+        batch / recipe if recipe and auto.get('enable') and not runner._resume else 1
+    )
     table = groups_table(runner.bare_model(), wrapper.optimizer, base_lr)
     _show(f'Optimizer: {type(wrapper.optimizer).__name__}', table)
 
@@ -145,7 +148,11 @@ def _show_memory(runner: DensekitRunner) -> list[str]:
         'gradients': (gradient_bytes(model), 'of trainable parameters'),
         'optimizer state': (state_bytes(optimizer), type(optimizer).__name__),
     }
-    if runner.distributed:
+    if is_sharded(model):
+        sizes = {
+            name: (size // runner.world_size, f'{what}, cut among processes') for name, (size, what) in sizes.items()
+        }
+    elif runner.distributed:
         sizes['gradient buckets'] = gradient_bytes(model), 'of DistributedDataParallel'
     found, remark = _activations(runner)
     if found is not None:
@@ -217,6 +224,8 @@ def _image_size(runner: DensekitRunner) -> Size | None:
 def _activations(runner: DensekitRunner) -> tuple[Activations | None, str]:
     """What is kept for backward, and in words of what, or why it is not known."""
     batch, dtype = runner.batch_size(), _dtype(runner.optim_wrapper)
+    if is_sharded(runner.bare_model()):
+        return None, 'not estimated for a sharded model: see a dry run without --shard'
     try:
         size = _image_size(runner)
         if size is None:

@@ -33,7 +33,7 @@ class NonFiniteError(RunStopped):
 class FiniteGuard(Hook):
     """Looks at all gradients right before every step of the optimizer, and ends the run if one is not finite.
 
-    Two numbers per step are reduced across processes, so that all end at the same step. Under float16, a step that the
+    Two flags per step are reduced across processes, so that all end at the same step. Under float16, a step that the
     loss scaler skips does not count, unless there is no other for long.
     """
 
@@ -74,8 +74,8 @@ class FiniteGuard(Hook):
         if scaled and self._without_step > MOST_SKIPPED * (self._batches.maxlen or 1):
             raise NonFiniteError(
                 f'iteration {runner.iter + 1}: no step of the optimizer for {self._without_step} batches. Under '
-                'float16 that means gradients that are NaN or infinite at any scale of the loss. The last checkpoint is good. '
-                'bfloat16 has the range for them: --amp bf16, or off.'
+                'float16 that means gradients that are NaN or infinite at any scale of the loss. The last checkpoint '
+                'is good. bfloat16 has the range for them: --amp bf16, or off.'
             )
 
     def _keep_losses(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -84,10 +84,10 @@ class FiniteGuard(Hook):
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         device = next(p.device for group in optimizer.param_groups for p in group['params'])
-        broken, stop = agree([_any_nonfinite(optimizer), self.told_to_stop], device)
+        suspect, stop = agree([_norm_overflows(optimizer), self.told_to_stop], device)
         self.stopping = self.stopping or stop
         self._without_step = -1  # this batch is no such
-        if broken:
+        if suspect and agree([_any_nonfinite(optimizer)], device)[0]:
             raise NonFiniteError(self._report(optimizer))
 
     def _report(self, optimizer: torch.optim.Optimizer) -> str:
@@ -216,12 +216,16 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return gradient.to_local() if hasattr(gradient, 'to_local') else gradient
 
 
-def _any_nonfinite(optimizer: torch.optim.Optimizer) -> Tensor | bool:
-    gradients = [gradient for p in _parameters(optimizer) if (gradient := _gradient(p)).numel()]
+def _norm_overflows(optimizer: torch.optim.Optimizer) -> Tensor | bool:
+    """Whether a gradient has no finite norm, which is one pass for all; large ones have none either."""
+    gradients = [_gradient(parameter) for parameter in _parameters(optimizer)]
     if not gradients:
         return False
-    # The largest magnitude: one pass for all gradients, no copies, and no sum of squares that overflows.
-    return ~torch.isfinite(torch.stack(torch._foreach_norm(gradients, float('inf')))).all()
+    return ~torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
+
+
+def _any_nonfinite(optimizer: torch.optim.Optimizer) -> bool:
+    return any(not bool(torch.isfinite(_gradient(parameter)).all()) for parameter in _parameters(optimizer))
 
 
 def _detached(losses: Mapping[str, Any]) -> dict[str, Any]:

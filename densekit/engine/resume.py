@@ -116,14 +116,18 @@ def _restore_schedulers(schedulers: Any, states: Any) -> None:
 
 
 def _restore_position(runner: Any, meta: Mapping[str, Any], contract: Mapping[str, Any] | None) -> None:
-    """Sets epoch and iteration; with another global batch, those at which as many images have been seen."""
+    """Sets epoch and iteration; in epochs of another number of iterations, where as many images have been seen."""
     loop = runner.train_loop
     loop._epoch, loop._iter = meta['epoch'], meta['iter']
-    now = runner.global_batch(runner.optim_wrapper)
-    before = (contract or {}).get('global_batch', now)
-    if before == now or not isinstance(loop, EpochBasedTrainLoop):
+    now = runner.batch_size() * runner.world_size
+    before = (contract or {}).get('images_per_iteration', now)
+    if contract is None or before == now or not isinstance(loop, EpochBasedTrainLoop):
         return
     epoch_length = len(loop.dataloader)
-    share = meta['iter'] * before / contract['images'] - meta['epoch'] if contract else 0
+    share = meta['iter'] * before / contract['images'] - meta['epoch']
     loop._iter = meta['epoch'] * epoch_length + round(min(max(share, 0), 1) * epoch_length)
-    print_log(f'In global batches of {now}, the run goes on at iteration {loop._iter}.', logger='current')
+    print_log(
+        f'With {now} images per iteration, and {before} before, iteration {meta["iter"]} becomes {loop._iter}; '
+        'schedulers that count iterations go on from the step that they had.',
+        logger='current',
+    )

@@ -374,6 +374,8 @@ class DensekitRunner(Runner):
 
         Unlike mmengine's, counts the batches whose gradients are accumulated.
         """
+        if self._resume:  # the rates of the run that goes on are in its checkpoint
+            return
         enabled = (auto_scale_lr or {}).get('enable', False)
         recipe = (auto_scale_lr or {}).get('base_batch_size')
         if enabled and not recipe:

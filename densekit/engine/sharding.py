@@ -60,7 +60,7 @@ def shard(
         ValueError: if there are no processes, the model is sharded already, or FSDP2 cannot take it.
     """
     _check_shardable(model, param_dtype)
-    blocks = _blocks(getattr(model, 'backbone', model))
+    blocks = blocks_of(getattr(model, 'backbone', model))
     if not blocks:
         print_log('No blocks were found in the backbone: the model is sharded as one group.', 'current', level=30)
     if activation_checkpointing:
@@ -218,7 +218,7 @@ def _check_shardable(model: nn.Module, param_dtype: str | None) -> None:
         )
 
 
-def _blocks(module: nn.Module, name: str = '') -> list[nn.Module]:
+def blocks_of(module: nn.Module, name: str = '') -> list[nn.Module]:
     """The blocks of a backbone, in its order.
 
     They are the outermost children, with parameters and children of their own, of ``nn.Sequential`` (ResNet and all of
@@ -228,7 +228,7 @@ def _blocks(module: nn.Module, name: str = '') -> list[nn.Module]:
         blocks = [child for child in module.children() if any(child.children()) and _has_parameters(child)]
         if blocks:
             return blocks
-    return [block for name, child in module.named_children() for block in _blocks(child, name)]
+    return [block for name, child in module.named_children() for block in blocks_of(child, name)]
 
 
 def _has_parameters(module: nn.Module) -> bool:
