@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 USER_ERROR_STATUS = 2
+INTERRUPTED_STATUS = 130  # as a shell has it after Ctrl-C
 
 # What mmengine, mmdet and mmseg raise while they build things from a config that cannot be built.
 _BUILD_ERRORS = (TypeError, KeyError, AttributeError, AssertionError, IndexError)
@@ -51,8 +52,8 @@ def exit_status(action: Callable[[], object]) -> int:
         action: called without arguments; its result is not used.
 
     Returns:
-        0; 2 after a user's mistake, 3 if a run ended itself, 75 if it was told to and saved a checkpoint first, with
-        the message on standard error. With DENSEKIT_TRACEBACK=1 the traceback goes there as well.
+        0; 2 after a user's mistake, 3 if a run ended itself, 75 if it was told to and saved a checkpoint first, and 130
+        after Ctrl-C, with a message on standard error. With DENSEKIT_TRACEBACK=1 the traceback goes there as well.
     """
     # OpenMP threads that wait actively take the processor from the data loaders and from whatever else runs: on two
     # shared cores a training step was 5 to 8 times slower. Read when torch is first imported.
@@ -67,6 +68,9 @@ def exit_status(action: Callable[[], object]) -> int:
         if isinstance(error, ImportError):
             sys.stderr.write('`python -m densekit.doctor` shows what is installed and what is missing.\n')
         return error.status if isinstance(error, RunStopped) else USER_ERROR_STATUS
+    except KeyboardInterrupt:
+        sys.stderr.write('\ninterrupted\n')
+        return INTERRUPTED_STATUS
     return 0
 
 

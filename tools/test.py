@@ -12,7 +12,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('config', help='config file that the checkpoint was trained with')
     parser.add_argument('checkpoint', help='.pth file of the whole model')
     parser.add_argument('--tta', action='store_true', help='several scales and flips (segmentation)')
-    parser.add_argument('--out', metavar='FILE', help='write the metrics as JSON')
+    parser.add_argument('--out', metavar='FILE', help='write the metrics as JSON, those of each class as well')
+    parser.add_argument(
+        '--results', metavar='DIR', help="write what was found, for COCO's or ADE20K's test server, besides scoring it"
+    )
+    parser.add_argument(
+        '--format-only', metavar='DIR', help='the same without scoring, for a test set without ground truth'
+    )
     parser.add_argument('--work-dir', metavar='D', help='logs (default: work_dirs/NAME OF THE CONFIG)')
     parser.add_argument(
         '--cfg-options', nargs='+', action='extend', default=[], metavar='k=v', help='change keys of the config'
@@ -31,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.checkpoint,
             tta=args.tta,
             out=args.out,
+            results=args.results,
+            format_only=args.format_only,
             work_dir=args.work_dir,
             options=args.cfg_options,
         )

@@ -2,7 +2,14 @@
 
 # densekit.ops does nothing where mmcv has its compiled ops.
 custom_imports = dict(
-    imports=['densekit.ops', 'backbones', 'densekit.engine', 'densekit.models', 'densekit.data'],
+    imports=[
+        'densekit.ops',
+        'backbones',
+        'densekit.engine',
+        'densekit.models',
+        'densekit.data',
+        'densekit.evaluation.coco',
+    ],
     allow_failed_imports=False,
 )
 runner_type = 'DensekitRunner'
@@ -15,6 +22,7 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='DetVisualizationHook'),
+    masks=dict(type='RleMasksHook'),  # masks that are only scored are not drawn
 )
 env_cfg = dict(
     cudnn_benchmark=False,  # multi-scale training meets hundreds of shapes

@@ -23,7 +23,7 @@ from densekit.data.coco_file import read_coco
 from densekit.data.faults import Fault, fault
 from densekit.data.image_files import Progress
 from densekit.data.labelmap_checks import LabelMapUse, check_label_maps
-from densekit.data.locate import GENERATED, _is_remote, _leaves, _type_name
+from densekit.data.locate import GENERATED, is_remote, leaves, type_name
 
 _PARTS = ('dataloader', 'evaluator')
 _PANOPTIC = ('CocoPanopticDataset', 'CocoPanopticMetric')
@@ -92,7 +92,7 @@ def inspect_data(
     for loop in loops:
         if loop == 'test' and 'val' in loops and all(cfg.get(f'test_{p}') == cfg.get(f'val_{p}') for p in _PARTS):
             continue
-        for dataset in _leaves((cfg.get(f'{loop}_dataloader') or {}).get('dataset'), 'dataset', 'datasets'):
+        for dataset in leaves((cfg.get(f'{loop}_dataloader') or {}).get('dataset'), 'dataset', 'datasets'):
             _Dataset(cfg, loop, dataset).collect(reports, coco, headers, decode, progress)
         _collect_evaluators(cfg, loop, reports, coco)
     reports += _check_coco(coco, headers, decode, progress)
@@ -120,11 +120,11 @@ class _Dataset:
         progress: Progress | None,
     ) -> None:
         """Checks a data set of label maps; a COCO file is put among those to be read."""
-        kind = _type_name(self.dataset)
+        kind = type_name(self.dataset)
         cls = _lookup(DATASETS, self.cfg, self.dataset.get('type'))
         root = self.dataset.get('data_root') or ''
         report = Report(self.where, root or kind)
-        if any(_is_remote(path, self.dataset.get('backend_args')) for path in self._paths()):
+        if any(is_remote(path, self.dataset.get('backend_args')) for path in self._paths()):
             report.remarks.append('not checked: it is remote')
         elif kind in GENERATED and not osp.exists(osp.join(root, 'shapes.json')):
             report.remarks.append('not checked: it is generated on first use')
@@ -157,14 +157,14 @@ class _Dataset:
         use = CocoUse(
             where=self.where,
             classes=tuple(map(str, metainfo.get('classes') or ())),
-            kind=_type_name(self.dataset),
+            kind=type_name(self.dataset),
             default_classes='classes' not in (self.dataset.get('metainfo') or {}),
             training=self.loop == 'train' and not self.dataset.get('test_mode'),
             image_prefix=self._path(prefix.get('img') or ''),
             seg_prefix=self._path(prefix['seg']) if _is_panoptic(cls) and prefix.get('seg') else None,
             filter_empty=filters.get('filter_empty_gt'),
             min_size=filters.get('min_size', 0),
-            masks=any(t.get('with_mask') for t in pipeline if 'LoadAnnotations' in _type_name(t)),
+            masks=any(t.get('with_mask') for t in pipeline if 'LoadAnnotations' in type_name(t)),
             oriented=_follows_exif(pipeline),
         )
         return osp.normpath(self._path(self.dataset.get('ann_file') or '')), use
@@ -176,13 +176,13 @@ class _Dataset:
         own = cls.METAINFO.get('classes') or ()
         strange = sorted(set(classes or ()) - set(own)) if own else []
         if not classes or strange:
-            text = f'{", ".join(strange)}: {_type_name(self.dataset)} has {", ".join(own[:10])}, ...'
+            text = f'{", ".join(strange)}: {type_name(self.dataset)} has {", ".join(own[:10])}, ...'
             report.faults.append(fault('classes-unknown', report.source, strange[0] if strange else None, text))
             return report
         arguments = {key: value for key, value in self.dataset.items() if key not in ('type', '_scope_')}
         built = cls(**arguments | dict(pipeline=[], serialize_data=False, lazy_init=False))
         pipeline = list(_transforms(self.dataset.get('pipeline')))
-        loaders = [t for t in pipeline if _type_name(t) == 'LoadAnnotations']
+        loaders = [t for t in pipeline if type_name(t) == 'LoadAnnotations']
         use = LabelMapUse(
             where=self.where,
             training=self.loop == 'train',
@@ -201,15 +201,15 @@ def _collect_evaluators(
     cfg: Config, loop: str, reports: list[Report], coco: dict[tuple[str, bool], list[CocoUse]]
 ) -> None:
     """The annotation files of the evaluators of a loop, for the classes of its data set."""
-    datasets = list(_leaves((cfg.get(f'{loop}_dataloader') or {}).get('dataset'), 'dataset', 'datasets'))
+    datasets = list(leaves((cfg.get(f'{loop}_dataloader') or {}).get('dataset'), 'dataset', 'datasets'))
     classes = [_lookup(DATASETS, cfg, dataset.get('type')) for dataset in datasets]
     if not datasets or not _is_coco(classes[0]):
         return
     metainfo = classes[0]._load_metainfo(datasets[0].get('metainfo'))
-    for metric in _leaves(cfg.get(f'{loop}_evaluator'), 'metrics'):
-        path, kind = metric.get('ann_file'), _type_name(metric)
+    for metric in leaves(cfg.get(f'{loop}_evaluator'), 'metrics'):
+        path, kind = metric.get('ann_file'), type_name(metric)
         panoptic = kind in _PANOPTIC
-        if not path or 'Coco' not in kind or _is_remote(path, metric.get('backend_args')):
+        if not path or 'Coco' not in kind or is_remote(path, metric.get('backend_args')):
             continue
         if any(osp.abspath(path).startswith(osp.abspath(root) + osp.sep) for root in _not_generated_yet(datasets)):
             continue
@@ -308,7 +308,7 @@ def _transforms(pipeline: Any) -> Iterator[Mapping]:
 
 
 def _follows_exif(pipeline: Sequence[Mapping]) -> bool:
-    loader = next((t for t in pipeline if 'LoadImage' in _type_name(t)), {})
+    loader = next((t for t in pipeline if 'LoadImage' in type_name(t)), {})
     ignores = str(loader.get('color_type', 'color'))
     return ignores in ('color', 'grayscale') and loader.get('imdecode_backend', 'cv2') in ('cv2', 'pillow')
 
@@ -318,12 +318,12 @@ def _ignored_label(cfg: Config, loop: str) -> int:
         head = (cfg.get('model') or {}).get('decode_head') or {}
         head = head[-1] if isinstance(head, list | tuple) else head
         return head.get('ignore_index', 255)
-    metrics = list(_leaves(cfg.get(f'{loop}_evaluator'), 'metrics'))
+    metrics = list(leaves(cfg.get(f'{loop}_evaluator'), 'metrics'))
     return next((m['ignore_index'] for m in metrics if 'ignore_index' in m), 255)
 
 
 def _not_generated_yet(datasets: Sequence[Mapping]) -> list[str]:
-    roots = [dataset.get('data_root') or '' for dataset in datasets if _type_name(dataset) in GENERATED]
+    roots = [dataset.get('data_root') or '' for dataset in datasets if type_name(dataset) in GENERATED]
     return [root for root in roots if not osp.exists(osp.join(root, 'shapes.json'))]
 
 

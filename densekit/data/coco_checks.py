@@ -67,7 +67,7 @@ class Table:
         box: x, y, width and height in pixels, (A, 4); 0 where they are not finite.
         area: in pixels, (A,); NaN where malformed.
         malformed: indices of annotations whose box or area are no numbers.
-        finite: whether box and area are numbers and finite, (A,).
+        finite: whether box and area are numbers of some size, (A,).
         crowd: (A,).
         ignored: annotations marked to be passed over, (A,).
     """
@@ -83,7 +83,7 @@ class Table:
         self.area, no_area = _numbers(annotations, 'area')
         self.box, no_box = _boxes(annotations)
         self.malformed = np.union1d(no_area, no_box)
-        self.finite = np.isfinite(self.box).all(axis=1) & np.isfinite(self.area)
+        self.finite = (np.abs(self.box) < _LONGEST).all(axis=1) & np.isfinite(self.area)
         self.box[~self.finite] = 0  # so that what follows computes with numbers; `finite` is asked first
         self.crowd = np.array([bool(a.get('iscrowd')) for a in annotations], bool)
         self.ignored = np.array([bool(a.get('ignore')) for a in annotations], bool)

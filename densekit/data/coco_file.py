@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +27,7 @@ _REQUIRED_PANOPTIC = {
     'categories': (*_REQUIRED['categories'], 'isthing'),
 }
 _LARGEST_ID = 2**63
+_FARTHEST = 1e6  # pixels; pycocotools paints farther polygons until memory ends, or crashes
 _INTEGERS = ('id', 'image_id', 'category_id')
 
 
@@ -213,14 +213,16 @@ def _judge_polygons(polygons: list) -> Mask:
     try:
         for polygon in polygons:
             length = len(polygon)
-            if length < 6 or length % 2 or not isfinite(sum(polygon)):
+            if length < 6 or length % 2:
                 bad = length
+            if not sum(map(abs, polygon)) < _FARTHEST * (length + 1):  # also if it is NaN
+                text = 'a polygon has a coordinate that is not finite or of millions of pixels'
+                return Mask('mask-malformed', text)
     except (TypeError, OverflowError):
         return Mask('mask-malformed', 'segmentation is no list of lists of numbers')
     if bad is None:
         return _FINE
-    what = f'{bad} coordinates' if bad < 6 or bad % 2 else 'coordinates that are not finite'
-    return Mask('polygon-bad', f'a polygon has {what}; it is not used')
+    return Mask('polygon-bad', f'a polygon has {bad} coordinates; it is not used')
 
 
 def _judge_run_lengths(item: dict) -> Mask:

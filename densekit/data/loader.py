@@ -2,10 +2,11 @@
 
 import atexit
 import ctypes
+import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -19,6 +20,9 @@ from densekit.data.sampling import NamedSamples, SampleError
 TIMEOUT = 600
 
 _loaders: 'WeakSet[RunLoader]' = WeakSet()
+# Held on to until they have ended: a loader that is let go of leaves its workers waiting for ever if it could not end
+# them, and at the end of the process Python would wait for them.
+_workers: dict[BaseProcess, int] = {}  # and by the process that started them
 
 
 class WorkerError(RuntimeError):
@@ -39,6 +43,9 @@ class RunLoader(DataLoader):
         batches = super().__iter__()
         self.workers = list(getattr(batches, '_workers', ()))
         _loaders.add(self)
+        for worker in [worker for worker in _own_workers() if not worker.is_alive()]:
+            del _workers[worker]
+        _workers.update(dict.fromkeys(self.workers, os.getpid()))
         atexit.unregister(_kill_workers)
         atexit.register(_kill_workers)  # before what torch has registered just now, which waits for each
         while True:
@@ -48,9 +55,11 @@ class RunLoader(DataLoader):
                 return
             except SampleError as error:
                 self.kill_workers()
-                raise SampleError(_last_line(error)) from error
+                # Without the traceback that a worker sends along.
+                raise SampleError(str(error).rpartition('SampleError: ')[2].strip()) from error
             except (RuntimeError, ConnectionError, EOFError) as error:
-                if not self.num_workers:
+                elsewhere = isinstance(error, RuntimeError) and not str(error).startswith('DataLoader ')
+                if not self.num_workers or elsewhere:  # such as tensors that cannot be stacked to a batch
                     raise
                 raise self.ended_by(error) from error
             yield batch
@@ -62,10 +71,7 @@ class RunLoader(DataLoader):
 
     def kill_workers(self) -> None:
         """Ends the workers at once; torch would wait seconds for each that hangs."""
-        for worker in self.workers:
-            with suppress(RuntimeError):  # torch's handler takes this for a failure of theirs
-                worker.kill()
-                worker.join(1)
+        _kill(self.workers)
 
     def _obituary(self, error: Exception) -> str:
         samples = self.dataset
@@ -150,13 +156,18 @@ class _WorkerStart:
             self.then(worker)
 
 
-def _last_line(error: Exception) -> str:
-    """What happened, without the traceback that a worker sends along."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].rpartition('SampleError: ')[2] if lines else type(error).__name__
-
-
 def _kill_workers() -> None:
     """Python's own end asks workers to terminate and waits; one that hangs or does not listen would keep it waiting."""
-    for loader in list(_loaders):
-        loader.kill_workers()
+    _kill(_own_workers())
+
+
+def _own_workers() -> list[BaseProcess]:
+    """Those that this process started, and not one that it was forked from."""
+    return [worker for worker, process in _workers.items() if process == os.getpid()]
+
+
+def _kill(workers: Iterable[BaseProcess]) -> None:
+    for worker in workers:
+        with suppress(RuntimeError):  # torch's handler takes this for a failure of theirs
+            worker.kill()
+            worker.join(1)

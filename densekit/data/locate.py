@@ -23,7 +23,7 @@ class _Source:
 SOURCES = (
     _Source(
         name='COCO 2017',
-        used_by=('CocoDataset', 'CocoMetric'),
+        used_by=('CocoDataset', 'CocoMetric', 'FastCocoMetric'),
         layout=('annotations/instances_train2017.json', 'annotations/instances_val2017.json', 'train2017/', 'val2017/'),
         download='train2017.zip, val2017.zip and annotations_trainval2017.zip from https://cocodataset.org/#download',
     ),
@@ -62,25 +62,27 @@ class _Need:
         return None if osp.exists(self.path) else 'no such file'
 
 
-def _type_name(cfg: Mapping) -> str:
+def type_name(cfg: Mapping) -> str:
+    """The name of a config's type, which may stand with its module or as the class itself."""
     kind = cfg.get('type', '')
     return kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__
 
 
-def _leaves(cfg: Any, *keys: str) -> Iterator[Mapping]:
+def leaves(cfg: Any, *keys: str) -> Iterator[Mapping]:
     """The datasets, or metrics, inside lists and wrappers that hold them under one of ``keys``."""
     if isinstance(cfg, Mapping):
         inner = [cfg[key] for key in keys if cfg.get(key)]
         if not inner:
             yield cfg
         for part in inner:
-            yield from _leaves(part, *keys)
+            yield from leaves(part, *keys)
     elif isinstance(cfg, Sequence) and not isinstance(cfg, str):
         for part in cfg:
-            yield from _leaves(part, *keys)
+            yield from leaves(part, *keys)
 
 
-def _is_remote(path: str, backend_args: Mapping | None) -> bool:
+def is_remote(path: str, backend_args: Mapping | None) -> bool:
+    """Whether a path is read through mmengine from somewhere other than this machine's files."""
     return '://' in path or (backend_args or {}).get('backend', 'local') != 'local'
 
 
@@ -91,8 +93,8 @@ def _dataset_needs(dataset: Mapping, loader: str) -> Iterator[_Need]:
     paths += [(f'data_prefix.{key}', value, True) for key, value in (dataset.get('data_prefix') or {}).items()]
     for key, path, folder in paths:
         full = osp.join(root, path) if path and key != 'data_root' and '://' not in path else path
-        if full and not _is_remote(full, dataset.get('backend_args')):
-            yield _Need(osp.normpath(full), folder, _type_name(dataset), f'{loader}.dataset, {key}')
+        if full and not is_remote(full, dataset.get('backend_args')):
+            yield _Need(osp.normpath(full), folder, type_name(dataset), f'{loader}.dataset, {key}')
 
 
 def _needs(cfg: Mapping, loops: Sequence[str]) -> list[_Need]:
@@ -101,15 +103,15 @@ def _needs(cfg: Mapping, loops: Sequence[str]) -> list[_Need]:
     generated: list[str] = []
     for loop in loops:
         loader = f'{loop}_dataloader'
-        for dataset in _leaves((cfg.get(loader) or {}).get('dataset'), 'dataset', 'datasets'):
-            if _type_name(dataset) in GENERATED:
+        for dataset in leaves((cfg.get(loader) or {}).get('dataset'), 'dataset', 'datasets'):
+            if type_name(dataset) in GENERATED:
                 generated.append(osp.abspath(dataset.get('data_root') or ''))
             else:
                 needs += _dataset_needs(dataset, loader)
-        for metric in _leaves(cfg.get(f'{loop}_evaluator'), 'metrics'):
+        for metric in leaves(cfg.get(f'{loop}_evaluator'), 'metrics'):
             path = metric.get('ann_file')
-            if path and not _is_remote(path, metric.get('backend_args')):
-                needs.append(_Need(osp.normpath(path), False, _type_name(metric), f'{loop}_evaluator, ann_file'))
+            if path and not is_remote(path, metric.get('backend_args')):
+                needs.append(_Need(osp.normpath(path), False, type_name(metric), f'{loop}_evaluator, ann_file'))
     return [need for need in needs if not any(_is_inside(need.path, root) for root in generated)]
 
 

@@ -158,7 +158,8 @@ class StopSignalHook(Hook):
     def after_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Ends a validation that training would go on after."""
         loader = runner.val_dataloader
-        everybodys = len(loader.dataset) // runner.world_size // (loader.batch_size or 1)
+        batch_size = getattr(loader.batch_sampler, 'batch_size', None) or loader.batch_size or 1
+        everybodys = len(loader.dataset) // runner.world_size // batch_size
         if batch_idx >= everybodys:  # a process may have one more than the others, which then would wait for ever
             return
         device = next(runner.bare_model().parameters()).device

@@ -1,10 +1,10 @@
 """What tools/train.py and tools/test.py do."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch.distributed as dist
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS, init_default_scope
@@ -17,7 +17,8 @@ from densekit.engine.distributed import end_process_group, prepare_launcher
 from densekit.engine.dry_run import rehearse
 from densekit.engine.runner import DensekitRunner
 from densekit.engine.store import CheckpointNotSaved
-from densekit.report.tables import metrics_table
+from densekit.evaluation.result_files import write_results
+from densekit.report.scores import by_class, scores_json, scores_table
 
 
 def train(
@@ -90,6 +91,8 @@ def test(
     *,
     tta: bool = False,
     out: str | None = None,
+    results: str | None = None,
+    format_only: str | None = None,
     work_dir: str | None = None,
     options: Sequence[str] = (),
 ) -> dict[str, float]:
@@ -99,7 +102,9 @@ def test(
         config: path of the config file.
         checkpoint: of a whole model.
         tta: test at several scales and flipped (segmentation).
-        out: JSON file for the metrics.
+        out: JSON file for the metrics, those of each class as well.
+        results: folder for files of the results: detections for COCO's test server, label maps for ADE20K's.
+        format_only: the same, and nothing is scored; for a test set without ground truth.
         work_dir: folder of logs; default work_dirs/<name of the config>.
         options: ``key=value`` texts that change the config.
 
@@ -116,14 +121,18 @@ def test(
         cfg.load_from, cfg.resume = checkpoint, False
         if tta:
             _use_tta(cfg)
+        if results is not None or format_only is not None:
+            write_results(cfg, results, format_only)
         runner = _build_runner(cfg)
         runner.prepare('test')
     with run_errors():
         metrics = {name: float(value) for name, value in runner.test().items()}  # mmseg's are NumPy scalars
-    print_log(f'results of {checkpoint}\n{metrics_table(metrics)}', logger='current')
+    classes = by_class(runner.test_loop.evaluator.metrics)
+    if format_only is None:
+        print_log(f'results of {checkpoint}\n{scores_table(metrics, classes)}', logger='current')
     if out is not None and runner.rank == 0:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(metrics, indent=2, sort_keys=True) + '\n', encoding='utf-8')
+        Path(out).write_text(scores_json(metrics, classes), encoding='utf-8')
     end_process_group()
     return metrics
 
@@ -137,6 +146,14 @@ def run_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
     except (WorkerError, CheckpointNotSaved) as error:
         raise RunStopped(str(error)) from error
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and '/gloo/' not in str(error):
+            raise
+        said = str(error).partition('\n')[0]
+        raise RunStopped(
+            f'another process does not answer: it ended, hangs, or the network does ({said}). Its own message says '
+            'why; the last checkpoint is good. How long processes wait: env_cfg.dist_cfg.timeout, in seconds.'
+        ) from error
 
 
 def _load(config: str, options: Sequence[str], work_dir: str | None) -> Config:

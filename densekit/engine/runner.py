@@ -227,7 +227,12 @@ class DensekitRunner(Runner):
     def train(self) -> nn.Module:
         """Trains and validates."""
         self.prepare('train', 'val')
-        return super().train()
+        try:
+            return super().train()
+        finally:
+            for hook in self.hooks:
+                if isinstance(hook, FiniteGuard | StopSignalHook):
+                    hook.after_run(self)  # mmengine calls it only if all went well
 
     def val(self) -> dict:
         """Validates."""
@@ -414,12 +419,12 @@ class DensekitRunner(Runner):
         """Looks for faults in annotations and files. One process looks, and all end if there are any."""
         said = ''
         if self.rank == 0:
-            faults = check_data(self.cfg, loops)
             try:
+                faults = check_data(self.cfg, loops)
+                if warnings := [fault for fault in faults if fault.severity == 'warning']:
+                    self.logger.warning(describe(warnings))
                 raise_for(faults)
-                if faults:
-                    self.logger.warning(describe(faults))
-            except ValueError as error:
+            except (ValueError, TypeError, OSError) as error:
                 said = str(error)
         if said := from_first(said):
             raise ValueError(f'{said}\n--cfg-options data_checks=False goes on regardless.')

@@ -37,5 +37,5 @@ train_dataloader = dict(
 )
 val_dataloader = dict(batch_size=5, num_workers=10, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
-val_evaluator = dict(metric='bbox', proposal_nums=(100, 1, 10))
+val_evaluator = dict(metric='bbox')
 test_evaluator = val_evaluator

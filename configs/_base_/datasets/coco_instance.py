@@ -72,9 +72,10 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 
 val_evaluator = dict(
-    type='CocoMetric',
+    type='FastCocoMetric',
     ann_file=data_root + 'annotations/instances_val2017.json',
     metric=['bbox', 'segm'],
+    proposal_nums=(1, 10, 100),  # COCO's own
     format_only=False,
     backend_args=backend_args,
 )

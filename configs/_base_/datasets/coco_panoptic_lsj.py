@@ -66,6 +66,11 @@ val_evaluator = [
         ann_file=data_root + 'annotations/panoptic_val2017.json',
         seg_prefix=data_root + 'annotations/panoptic_val2017/',
     ),
-    dict(type='CocoMetric', ann_file=data_root + 'annotations/instances_val2017.json', metric=['bbox', 'segm']),
+    dict(
+        type='FastCocoMetric',
+        ann_file=data_root + 'annotations/instances_val2017.json',
+        metric=['bbox', 'segm'],
+        proposal_nums=(1, 10, 100),  # COCO's own
+    ),
 ]
 test_evaluator = val_evaluator

@@ -50,6 +50,9 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 
 val_evaluator = dict(
-    type='CocoMetric', ann_file=data_root + 'coco/annotations/instances_val.json', metric=['bbox', 'segm']
+    type='FastCocoMetric',
+    ann_file=data_root + 'coco/annotations/instances_val.json',
+    metric=['bbox', 'segm'],
+    proposal_nums=(1, 10, 100),  # COCO's own
 )
 test_evaluator = val_evaluator
