@@ -1,9 +1,8 @@
-"""A trained model as a function from an image to plain arrays, and what tools/predict.py does with it."""
+"""A trained model as a function from an image to plain arrays."""
 
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +10,12 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import DATASETS, MODELS, init_default_scope
-from pycocotools import mask as rle
 
 from backbones.files import read_checkpoint
-from densekit.cli import UserError, check_writable, user_errors
 from densekit.engine.class_transfer import checkpoint_classes
 from densekit.engine.config import load_config
 from densekit.engine.weights import fitting_weights
-from densekit.report.pictures import draw_instances, draw_label_map, read_image, save_png
+from densekit.report.pictures import check_image, draw_instances, draw_label_map, read_image
 
 
 @dataclass
@@ -50,6 +47,7 @@ class Predictor:
     Attributes:
         classes: names, by label.
         palette: RGB colours, by label.
+        is_segmentor: whether results are label maps.
 
     Raises:
         FileNotFoundError: if the config or the checkpoint is missing.
@@ -65,74 +63,79 @@ class Predictor:
         model.load_state_dict(fitting_weights(checkpoint, content, model))
         self.model = model.to(where).eval()
         self.classes, self.palette = _classes_and_palette(cfg, content)
+        self.is_segmentor = hasattr(model, 'encode_decode')  # mmseg's
         self.pipeline = Compose(_array_pipeline(cfg.test_dataloader.dataset.pipeline))
 
-    def __call__(self, image: np.ndarray) -> Detections | np.ndarray:
+    def __call__(self, image: np.ndarray | str | os.PathLike) -> Detections | np.ndarray:
         """Finds what is in an image.
 
         Args:
-            image: ``(H, W, 3)`` uint8, RGB.
+            image: ``(H, W, 3)`` uint8, RGB; or the path of a file.
 
         Returns:
             :class:`Detections` from a detector, a label map ``(H, W)`` of class indices from a segmentor.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the image is no such array, or its file cannot be read.
         """
+        return self.batch([image if isinstance(image, np.ndarray) else read_image(image)])[0]
+
+    def batch(self, images: Sequence[np.ndarray]) -> list[Detections | np.ndarray]:
+        """Finds what is in each of several images. Those of one size go through the model together.
+
+        Args:
+            images: each ``(H, W, 3)`` uint8, RGB.
+
+        Returns:
+            For each image what a call with it alone returns, but for the rounding of sums.
+
+        Raises:
+            ValueError: if an image is no such array.
+        """
+        loaded = [self.load(image) for image in images]
+        # Images padded to a common size would give other results than each alone.
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, data in enumerate(loaded):
+            shape = (*data['inputs'].shape, *data['data_samples'].ori_shape[:2])
+            groups.setdefault(shape, []).append(i)
+        found: list[Any] = [None] * len(images)
+        for members in groups.values():
+            inputs = [loaded[i]['inputs'] for i in members]
+            with torch.no_grad():
+                samples = self.model.test_step(
+                    {'inputs': inputs, 'data_samples': [loaded[i]['data_samples'] for i in members]}
+                )
+            for i, sample in zip(members, samples, strict=True):
+                found[i] = as_arrays(sample)
+        return found
+
+    def load(self, image: np.ndarray) -> dict[str, Any]:
+        """What the test pipeline makes of an image ``(H, W, 3)`` uint8, RGB: ``inputs`` and ``data_samples``."""
+        check_image(image)
         # Pipelines take BGR, as OpenCV reads it.
-        data = self.pipeline({'img': np.ascontiguousarray(image[..., ::-1]), 'img_id': 0, 'img_path': ''})
-        with torch.no_grad():
-            sample = self.model.test_step({'inputs': [data['inputs']], 'data_samples': [data['data_samples']]})[0]
-        if 'pred_sem_seg' in sample:
-            return sample.pred_sem_seg.data[0].cpu().numpy()
-        found = sample.pred_instances.cpu()
-        order = torch.argsort(found.scores, descending=True).numpy()
-        masks = found.masks.numpy()[order] if 'masks' in found else None
-        return Detections(found.bboxes.numpy()[order], found.labels.numpy()[order], found.scores.numpy()[order], masks)
+        return self.pipeline({'img': np.ascontiguousarray(image[..., ::-1]), 'img_id': 0, 'img_path': ''})
 
 
-def predict(
-    config: str,
-    checkpoint: str,
-    images: Sequence[str],
-    *,
-    out: str,
-    score_thr: float = 0.3,
-    device: str | None = None,
-    options: Sequence[str] = (),
-) -> None:
-    """Writes a picture per image, and results.json, to a folder.
-
-    Args:
-        config: path of the config file.
-        checkpoint: of the whole model.
-        images: paths.
-        out: folder, made if missing.
-        score_thr: draw boxes from this score on; results.json has all of them.
-        device: see :class:`Predictor`.
-        options: ``key=value`` texts that change the config.
+def as_arrays(sample: Any) -> Detections | np.ndarray:
+    """A model's data sample as plain arrays, objects best first.
 
     Raises:
-        UserError: if something given cannot be used. Images that cannot be read are left out, the others are written
-            before the error is raised.
+        ValueError: if the sample holds neither objects nor a label map.
     """
-    with user_errors():
-        check_writable(out, '--out')
-        predictor = Predictor(config, checkpoint, device=device, options=options)
-    results, unreadable = [], []
-    for path, picture_name in zip(images, _picture_names(images), strict=True):
-        try:
-            image = read_image(path)
-        except (OSError, ValueError) as error:
-            unreadable.append(str(error))
-            continue
-        found = predictor(image)
-        save_png(Path(out, picture_name), draw(image, found, predictor, score_thr))
-        results.append({'image': path, 'picture': picture_name, **_as_json(found, predictor.classes)})
-    if results:
-        Path(out, 'results.json').write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
-    if unreadable:
-        done = f'The other {len(results)} are in {out}.' if results else 'Nothing was predicted.'
-        raise UserError(
-            '\n'.join([f'{len(unreadable)} of {len(images)} images could not be read. {done}', *unreadable])
-        )
+    if 'pred_sem_seg' in sample:
+        return sample.pred_sem_seg.data[0].cpu().numpy()
+    if 'pred_instances' not in sample:
+        raise ValueError(f'the model gives {", ".join(sample.keys())}; pred_instances or pred_sem_seg can be read')
+    found = sample.pred_instances.detach().cpu()
+    order = best_first(found.scores).numpy()
+    masks = found.masks.numpy()[order] if 'masks' in found else None
+    return Detections(found.bboxes.numpy()[order], found.labels.numpy()[order], found.scores.numpy()[order], masks)
+
+
+def best_first(scores: torch.Tensor) -> torch.Tensor:
+    """The order of :class:`Detections`: indices ``(n,)`` of scores ``(n,)``."""
+    return torch.argsort(scores.detach().cpu(), descending=True)
 
 
 def draw(image: np.ndarray, found: Detections | np.ndarray, predictor: Predictor, score_thr: float) -> np.ndarray:
@@ -196,48 +199,11 @@ def _classes_and_palette(cfg: Config, content: dict[str, Any]) -> tuple[list[str
         classes = list(meta.get('classes') or [])
     if not classes:
         raise ValueError('neither the checkpoint nor the data set of test_dataloader names the classes (metainfo)')
-    palette = list(meta.get('palette') or [])
-    if len(palette) < len(classes):
-        # As many different colours as are missing, the same ones every time.
-        palette += np.random.default_rng(0).integers(40, 255, (len(classes) - len(palette), 3)).tolist()
-    return classes, palette
+    return classes, colours_for(classes, meta.get('palette'))
 
 
-def _as_json(found: Detections | np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    if isinstance(found, np.ndarray):
-        labels, counts = np.unique(found, return_counts=True)
-        return {
-            'size': list(found.shape),
-            'label_map_rle': [
-                {'category': classes[label], 'pixels': int(count), 'segmentation': _rle(found == label)}
-                for label, count in zip(labels, counts, strict=True)
-            ],
-        }
-    detections = []
-    for i, (x1, y1, x2, y2) in enumerate(found.boxes.tolist()):
-        detection = {
-            'category': classes[found.labels[i]],
-            'score': round(float(found.scores[i]), 5),
-            'bbox': [round(value, 2) for value in (x1, y1, x2 - x1, y2 - y1)],  # x, y, width, height, as in COCO
-        }
-        if found.masks is not None:
-            detection['segmentation'] = _rle(found.masks[i])
-        detections.append(detection)
-    return {'detections': detections}
-
-
-def _rle(mask: np.ndarray) -> dict[str, Any]:
-    encoded = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {'size': list(encoded['size']), 'counts': encoded['counts'].decode()}
-
-
-def _picture_names(images: Sequence[str]) -> list[str]:
-    """One PNG name per image; images of one name from several folders are numbered."""
-    names: list[str] = []
-    for path in images:
-        name, number = f'{Path(path).stem}.png', 1
-        while name in names:
-            number += 1
-            name = f'{Path(path).stem}_{number}.png'
-        names.append(name)
-    return names
+def colours_for(classes: Sequence[str], palette: Sequence[Any] | None) -> list[Any]:
+    """A palette with as many different RGB colours more as it lacks, the same ones every time."""
+    given = list(palette or [])
+    missing = max(0, len(classes) - len(given))
+    return given + np.random.default_rng(0).integers(40, 255, (missing, 3)).tolist()

@@ -1,4 +1,4 @@
-"""Draws what a model finds in images, and writes it as JSON."""
+"""Draws what a model finds in images and videos, and writes it as JSON in COCO's format."""
 
 import argparse
 import sys
@@ -13,9 +13,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument('config', help='config file that the checkpoint was trained with')
     parser.add_argument('checkpoint', help='.pth file of the whole model')
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help="images, videos, folders, 'patterns/**/*.jpg'")
     parser.add_argument('--out', required=True, metavar='DIR', help='folder for the pictures and results.json')
-    parser.add_argument('--score-thr', type=float, default=0.3, metavar='S', help='draw boxes from this score on')
+    parser.add_argument('--score-thr', type=float, default=0.3, metavar='S', help='draw objects from this score on')
+    parser.add_argument(
+        '--batch-size', type=int, default=1, metavar='N', help='images of one size that the model takes at once'
+    )
     parser.add_argument('--device', metavar='D', help='such as cpu or cuda:1 (default: the first GPU if there is one)')
     parser.add_argument(
         '--cfg-options', nargs='+', action='extend', default=[], metavar='k=v', help='change keys of the config'
@@ -27,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
 
     def action() -> None:
-        from densekit.predictor import predict  # late, so that --help answers at once
+        from densekit.report.predict_command import predict  # late, so that --help answers at once
 
         predict(
             args.config,
@@ -35,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.images,
             out=args.out,
             score_thr=args.score_thr,
+            batch_size=args.batch_size,
             device=args.device,
             options=args.cfg_options,
         )

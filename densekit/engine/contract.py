@@ -36,7 +36,7 @@ def contract_of(runner: Any) -> dict[str, Any]:
         'seed': runner.seed,
         'world_size': runner.world_size,
         'global_batch': runner.global_batch(runner.optim_wrapper),
-        'images_per_iteration': runner.batch_size() * runner.world_size,
+        'epoch_length': len(runner.train_loop.dataloader),
         'densekit': densekit.__version__,
         'torch': str(torch.__version__),
     }

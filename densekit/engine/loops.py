@@ -35,6 +35,16 @@ def _start_at(dataloader: DataLoader, epoch: int, batch: int) -> None:
         )
 
 
+def _validate(loop: Any, at: int, end: int) -> None:
+    """Validates if it is time to, by mmengine's rule, and has not been done at this iteration before."""
+    runner = loop.runner
+    loop._decide_current_val_interval()
+    due = at >= loop.val_begin and (at % loop.val_interval == 0 or at == end)
+    if runner.val_loop is not None and due and runner.validated_at != loop._iter:
+        runner.val_loop.run()
+        runner.validated_at = loop._iter
+
+
 @LOOPS.register_module()
 class ResumableEpochLoop(EpochBasedTrainLoop):
     """Training counted in epochs that goes on from any iteration, to the bit.
@@ -52,14 +62,11 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
     def run(self) -> Any:
         """Trains. A validation that was due when the run ended comes first."""
         self.runner.call_hook('before_train')
-        at_end = self._iter == self._epoch * len(self.dataloader)
-        if self._epoch > 0 and at_end and self._due() and self.runner.validated_at != self._iter:
-            self._validate()
+        if self._epoch > 0 and self._iter == self._epoch * len(self.dataloader):
+            _validate(self, self._epoch, self._max_epochs)
         while self._epoch < self._max_epochs and not self.stop_training:
             self.run_epoch()
-            self._decide_current_val_interval()
-            if self._due():
-                self._validate()
+            _validate(self, self._epoch, self._max_epochs)
         self.runner.call_hook('after_train')
         return self.runner.model
 
@@ -68,6 +75,7 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
         begun = self._iter - self._epoch * len(self.dataloader)
+        assert 0 <= begun <= len(self.dataloader), f'iteration {self._iter} is not in epoch {self._epoch}'
         _start_at(self.dataloader, self._epoch, begun)
         if begun < len(self.dataloader):
             for idx, data_batch in enumerate(self.dataloader, begun):
@@ -79,17 +87,6 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
         """One step, with random numbers of its own."""
         seed_everything(self.runner.seed, self._iter, get_rank(), _STEP, 0)
         super().run_iter(idx, data_batch)
-
-    def _due(self) -> bool:
-        return (
-            self.runner.val_loop is not None
-            and self._epoch >= self.val_begin
-            and (self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs)
-        )
-
-    def _validate(self) -> None:
-        self.runner.val_loop.run()
-        self.runner.validated_at = self._iter
 
 
 @LOOPS.register_module()
@@ -111,14 +108,12 @@ class ResumableIterLoop(IterBasedTrainLoop):
         self.runner.call_hook('before_train')
         self.runner.call_hook('before_train_epoch')
         _start_at(self.dataloader, 0, self._iter)
-        if self._iter > 0 and self._due() and self.runner.validated_at != self._iter:
-            self._validate()
+        if self._iter > 0:
+            _validate(self, self._iter, self._max_iters)
         while self._iter < self._max_iters and not self.stop_training:
             self.runner.model.train()
             self.run_iter(next(self.dataloader_iterator))
-            self._decide_current_val_interval()
-            if self._due():
-                self._validate()
+            _validate(self, self._iter, self._max_iters)
         self.runner.call_hook('after_train_epoch')
         self.runner.call_hook('after_train')
         return self.runner.model
@@ -127,14 +122,3 @@ class ResumableIterLoop(IterBasedTrainLoop):
         """One step, with random numbers of its own."""
         seed_everything(self.runner.seed, self._iter, get_rank(), _STEP, 0)
         super().run_iter(data_batch)
-
-    def _due(self) -> bool:
-        return (
-            self.runner.val_loop is not None
-            and self._iter >= self.val_begin
-            and (self._iter % self.val_interval == 0 or self._iter == self._max_iters)
-        )
-
-    def _validate(self) -> None:
-        self.runner.val_loop.run()
-        self.runner.validated_at = self._iter

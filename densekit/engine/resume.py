@@ -14,7 +14,15 @@ from densekit.engine import store
 from densekit.engine.contract import check_contract, contract_of
 from densekit.engine.distributed import average
 from densekit.engine.sharding import is_sharded
-from densekit.engine.state import load_gradients, load_histories, message_hub_state, pending_gradients, plain
+from densekit.engine.state import (
+    early_stopping_state,
+    load_early_stopping,
+    load_gradients,
+    load_histories,
+    message_hub_state,
+    pending_gradients,
+    plain,
+)
 
 # Below this key of a checkpoint stands what mmengine does not read.
 OURS = 'densekit'
@@ -48,7 +56,12 @@ def run_state(runner: Any, meta: dict[str, Any], param_schedulers: bool = True) 
             'dataset_meta': plain(getattr(dataset, 'metainfo', None)),
         },
         'message_hub': hub,
-        OURS: {'contract': contract_of(runner), 'validated_at': runner.validated_at, 'histories': histories},
+        OURS: {
+            'contract': contract_of(runner),
+            'validated_at': runner.validated_at,
+            'histories': histories,
+            'early_stopping': early_stopping_state(runner.hooks),
+        },
     }
     if param_schedulers and runner.param_schedulers is not None:
         schedulers = runner.param_schedulers
@@ -103,8 +116,9 @@ def restore(runner: Any, checkpoint: Mapping[str, Any]) -> None:
     runner.validated_at = ours.get('validated_at')
     runner.message_hub.load_state_dict(checkpoint['message_hub'])
     load_histories(runner.message_hub, ours.get('histories', {}))
+    load_early_stopping(runner.hooks, ours.get('early_stopping', []))
     if runner.param_schedulers is not None:
-        _restore_schedulers(runner.param_schedulers, checkpoint['param_schedulers'])
+        _restore_schedulers(runner.param_schedulers, checkpoint.get('param_schedulers', []))
     load_gradients(runner.bare_model(), ours.get('gradients', {}))
 
 
@@ -116,18 +130,18 @@ def _restore_schedulers(schedulers: Any, states: Any) -> None:
 
 
 def _restore_position(runner: Any, meta: Mapping[str, Any], contract: Mapping[str, Any] | None) -> None:
-    """Sets epoch and iteration; in epochs of another number of iterations, where as many images have been seen."""
-    loop = runner.train_loop
-    loop._epoch, loop._iter = meta['epoch'], meta['iter']
-    now = runner.batch_size() * runner.world_size
-    before = (contract or {}).get('images_per_iteration', now)
-    if contract is None or before == now or not isinstance(loop, EpochBasedTrainLoop):
+    """Sets epoch and iteration; where an epoch has another number of them, at the same share of the epoch."""
+    loop, epoch = runner.train_loop, meta['epoch']
+    loop._epoch, loop._iter = epoch, meta['iter']
+    if not isinstance(loop, EpochBasedTrainLoop):
         return
-    epoch_length = len(loop.dataloader)
-    share = meta['iter'] * before / contract['images'] - meta['epoch']
-    loop._iter = meta['epoch'] * epoch_length + round(min(max(share, 0), 1) * epoch_length)
+    length, before = len(loop.dataloader), (contract or {}).get('epoch_length')
+    if before == length or (before is None and epoch * length <= meta['iter'] <= (epoch + 1) * length):
+        return
+    share = meta['iter'] / before - epoch if before else 0  # of a run that is not ours, the epoch from its start
+    loop._iter = epoch * length + round(min(max(share, 0), 1) * length)
     print_log(
-        f'With {now} images per iteration, and {before} before, iteration {meta["iter"]} becomes {loop._iter}; '
-        'schedulers that count iterations go on from the step that they had.',
+        f'An epoch has {length} iterations, and {before or "another number"} before: iteration {meta["iter"]} becomes '
+        f'{loop._iter}. Schedulers that count iterations go on from the step that they had.',
         logger='current',
     )

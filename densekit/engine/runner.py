@@ -13,7 +13,7 @@ from mmengine.device import get_device
 from mmengine.dist import broadcast, is_distributed
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import BaseTTAModel, convert_sync_batchnorm, is_model_wrapper, revert_sync_batchnorm
-from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.optim import AmpOptimWrapper, OptimWrapper, OptimWrapperDict
 from mmengine.registry import RUNNERS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from mmengine.runner.checkpoint import save_checkpoint as save_remotely
@@ -61,9 +61,9 @@ class SameBuffersHook(Hook):
     Without SyncBN each process has running statistics of its own, and a score would be a mixture of several models.
     """
 
-    priority = 'VERY_HIGH'
+    priority = 'LOWEST'  # after averaged weights have taken the model's place
 
-    def before_val(self, runner: Runner) -> None:
+    def before_val_epoch(self, runner: Runner) -> None:
         """Broadcasts the buffers."""
         for buffer in runner.model.buffers():
             broadcast(buffer)
@@ -198,12 +198,14 @@ class DensekitRunner(Runner):
         if 'train' in loops:
             self._find_checkpoint()
         self._init_model_weights()
-        if self.cfg.get('sharding') is not None and self.distributed and not is_sharded(self.model):
+        if self.cfg.get('sharding') is not None and self.distributed and not is_sharded(self.bare_model()):
             options = {key: value for key, value in self.cfg.sharding.items() if key != 'sharded_checkpoints'}
-            self.model = shard(self.model, **options)
+            shard(self.bare_model(), **options)  # in place
         if 'train' in loops:
             self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
-            if is_sharded(self.model) and isinstance(self.optim_wrapper, AmpOptimWrapper):
+            if isinstance(self.optim_wrapper, OptimWrapperDict):
+                raise ValueError('several optimizers (OptimWrapperDict) are not supported: a run could not be resumed')
+            if is_sharded(self.bare_model()) and isinstance(self.optim_wrapper, AmpOptimWrapper):
                 raise ValueError(
                     'sharding with AmpOptimWrapper (--amp fp16) is not supported: its loss scaler sees a part of the '
                     'gradients only. Use --amp bf16, or sharding.param_dtype=bfloat16.'
@@ -359,14 +361,14 @@ class DensekitRunner(Runner):
         elif self.rank == 0:
             content = on_cpu(content)
             self.call_hook('before_save_checkpoint', checkpoint=content)
-        failure: OSError | None = None
+        failure: Exception | None = None
         if self.rank == 0:
             try:
                 if backend_args or '://' in address:
                     save_remotely(content, address, backend_args=backend_args)
                 else:
                     store.save(path, content, facts)
-            except OSError as error:
+            except Exception as error:  # whatever it is, the others must not wait for it
                 failure = error
         said = from_first(str(failure or ''))
         if failure is not None:
@@ -406,7 +408,7 @@ class DensekitRunner(Runner):
     def batch_size(self) -> int:
         """The images in one forward pass of one process."""
         loader = self._train_dataloader
-        return loader['batch_size'] if isinstance(loader, dict) else loader.batch_size
+        return loader.get('batch_size', 1) if isinstance(loader, dict) else loader.batch_size
 
     def bare_model(self) -> nn.Module:
         """The model without what wraps it."""

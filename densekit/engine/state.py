@@ -1,11 +1,12 @@
 """The state of a run beside weights and optimizer, as tensors and plain data, and back."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.logging import HistoryBuffer, MessageHub
 from torch import Tensor, nn
 
@@ -32,6 +33,19 @@ def load_histories(hub: MessageHub, histories: Mapping[str, list[Any]]) -> None:
         name: HistoryBuffer(values.numpy(), counts.numpy(), most) for name, (values, counts, most) in histories.items()
     }
     hub.load_state_dict({'log_scalars': buffers, 'runtime_info': {}, 'resumed_keys': dict.fromkeys(buffers, True)})
+
+
+def early_stopping_state(hooks: Iterable[Hook]) -> list[dict[str, Any]]:
+    """How long each early stopping has waited and for what score, which mmengine does not save."""
+    stopping = [hook for hook in hooks if isinstance(hook, EarlyStoppingHook)]
+    return [plain({'wait_count': hook.wait_count, 'best_score': hook.best_score}) for hook in stopping]
+
+
+def load_early_stopping(hooks: Iterable[Hook], states: Iterable[Mapping[str, Any]]) -> None:
+    """Puts what :func:`early_stopping_state` gave back."""
+    stopping = [hook for hook in hooks if isinstance(hook, EarlyStoppingHook)]
+    for hook, state in zip(stopping, states, strict=False):
+        hook.wait_count, hook.best_score = state['wait_count'], state['best_score']
 
 
 def pending_gradients(model: nn.Module, optim_wrapper: Any) -> dict[str, Tensor]:

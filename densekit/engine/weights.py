@@ -117,7 +117,8 @@ def check_resumable(
         ValueError: if there are weights only, or the optimizer's groups of parameters or the number of schedulers are
             others.
     """
-    lacking = [key for key in ('meta', 'message_hub', 'optimizer', 'param_schedulers') if key not in checkpoint]
+    needed = ['meta', 'message_hub', 'optimizer', *(['param_schedulers'] if param_schedulers is not None else [])]
+    lacking = [key for key in needed if key not in checkpoint]
     if lacking:
         raise ValueError(
             f'checkpoint {filename} has no {", ".join(lacking)}, so no run can go on from it. '
@@ -132,7 +133,7 @@ def check_resumable(
             'one from its weights: --load-from.'
         )
 
-    schedulers, saved_schedulers = _lengths(param_schedulers), _lengths(checkpoint['param_schedulers'])
+    schedulers, saved_schedulers = _lengths(param_schedulers), _lengths(checkpoint.get('param_schedulers'))
     if schedulers != saved_schedulers:
         raise ValueError(
             f'checkpoint {filename} is of a run with {saved_schedulers} schedulers (param_scheduler), and this config '

@@ -5,14 +5,14 @@ Images are RGB, (H, W, 3) uint8; those given are never changed.
 
 import os
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+
+from densekit.report.tags import Tag, around, font, inside, write_tags
 
 Colour = Sequence[int]  # red, green, blue from 0 to 255
 
@@ -57,7 +57,7 @@ def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
     path = Path(path)
     if path.suffix.lower() != '.png':
         raise ValueError(f'Pictures are written as PNG, but the path given is {path}. End it in .png.')
-    _check_image(image)
+    check_image(image)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f'.{path.name}-{uuid.uuid4().hex}')
     try:
@@ -98,7 +98,7 @@ def draw_instances(
     Raises:
         ValueError: if shapes do not fit each other, or a label has no class or colour.
     """
-    _check_image(image)
+    check_image(image)
     boxes, labels = np.asarray(boxes, np.float64).reshape(-1, 4), np.asarray(labels, np.int64)
     _check_instances(image, boxes, labels, masks=masks, scores=scores, ignored=ignored)
     _check_labels(labels, classes, palette)
@@ -122,8 +122,8 @@ def draw_instances(
         box = np.clip(np.rint(boxes[i] * factor) - (0, 0, 1, 1), 0, np.tile(picture.shape[1::-1], 2) - 1).astype(int)
         cv2.rectangle(picture, box[:2].tolist(), box[2:].tolist(), colours[i], width)
         text = classes[labels[i]] + ('' if scores is None else f' {scores[i]:.2f}') + (' (ignored)' if grey[i] else '')
-        tags.append(_Tag(text, colours[i], _around(box)))
-    return _write_tags(picture, tags)
+        tags.append(Tag(text, colours[i], around(box)))
+    return write_tags(picture, tags)
 
 
 def draw_label_map(
@@ -153,7 +153,7 @@ def draw_label_map(
     Raises:
         ValueError: if shapes do not fit each other, or a label has no class or colour.
     """
-    _check_image(image)
+    check_image(image)
     label_map = np.asarray(label_map)
     if label_map.shape != image.shape[:2]:
         raise ValueError(f'The label map is {label_map.shape}, the image {image.shape[:2]}; they have to be equal.')
@@ -166,11 +166,11 @@ def draw_label_map(
     for label in present:
         mask = label_map == label
         _blend(picture, mask, palette[label], alpha)
-        tags.append((mask.sum(), _Tag(classes[label], _rgb(palette[label]), _inside(mask))))
+        tags.append((mask.sum(), Tag(classes[label], _rgb(palette[label]), inside(mask))))
     stripes = _stripes(label_map.shape, 4 * _line_width(picture))
     _blend(picture, stripes & (label_map == ignore_index), GREY, HATCH_ALPHA)
     tags.sort(key=lambda tag: tag[0])  # a small region has fewer places for its name
-    return _write_tags(picture, [tag for _, tag in tags])
+    return write_tags(picture, [tag for _, tag in tags])
 
 
 def comparison_sheet(
@@ -195,9 +195,9 @@ def comparison_sheet(
         )
     images = [image for row in rows for image in row]
     for image in images:
-        _check_image(image)
+        check_image(image)
     cell = min(MAX_CELL, max(max(image.shape[:2]) for image in images))
-    fitted = [[_fit(image, cell) for image in row] for row in rows]
+    fitted = [[fit(image, cell) for image in row] for row in rows]
     size = max(16, cell // 24)
     gap, margin = size * 2 // 3, size
     column_width = max(image.shape[1] for row in fitted for image in row)
@@ -210,9 +210,9 @@ def comparison_sheet(
     sheet = Image.new('RGB', (lefts[-1] + column_width + margin, tops[-1] - gap + margin), 'white')
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((sheet.width / 2, margin), title, 'black', _font(size * 5 // 4), anchor='ma')
+        draw.text((sheet.width / 2, margin), title, 'black', font(size * 5 // 4), anchor='ma')
     for left, text in zip(lefts, column_titles, strict=True):
-        draw.text((left + column_width / 2, top), text, (60, 60, 60), _font(size), anchor='ma')
+        draw.text((left + column_width / 2, top), text, (60, 60, 60), font(size), anchor='ma')
     for y, height, pictures in zip(tops, heights, fitted, strict=False):
         for left, picture in zip(lefts, pictures, strict=True):
             x = left + (column_width - picture.shape[1]) // 2
@@ -220,68 +220,8 @@ def comparison_sheet(
     return np.array(sheet)
 
 
-@dataclass
-class _Tag:
-    """A name to write: ``places`` tells, for a text size (w, h), where its upper left corner may go, best first."""
-
-    text: str
-    colour: tuple[int, ...]
-    places: Callable[[int, int], list[tuple[float, float]]]
-
-
-def _around(box: np.ndarray) -> Callable[[int, int], list[tuple[float, float]]]:
-    """Places at the corners of a box: above it, inside, then below."""
-    x1, y1, x2, y2 = box
-    return lambda w, h: [
-        *((x1, y1 - h), (x1, y1), (x2 + 1 - w, y1 - h), (x2 + 1 - w, y1)),
-        *((x1, y2 + 1 - h), (x1, y2 + 1), (x2 + 1 - w, y2 + 1 - h), (x2 + 1 - w, y2 + 1)),
-    ]
-
-
-def _inside(mask: np.ndarray) -> Callable[[int, int], list[tuple[float, float]]]:
-    """Places at the point of the largest region that is farthest from its border, then above and below it."""
-    _, regions, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
-    largest = regions == 1 + np.argmax(stats[1:, cv2.CC_STAT_AREA])
-    depth = cv2.distanceTransform(np.pad(largest, 1).astype(np.uint8), cv2.DIST_L2, 3)[1:-1, 1:-1]
-    y, x = np.unravel_index(np.argmax(depth), depth.shape)
-    return lambda w, h: [(x - w / 2, y - h / 2 + step * h) for step in (0, -0.6, 0.6, -1.2, 1.2, -2.4, 2.4)]
-
-
-def _write_tags(picture: np.ndarray, tags: Sequence[_Tag]) -> np.ndarray:
-    """Write each name on a filled box in its colour, within the picture and where it covers the fewest others."""
-    height, width = picture.shape[:2]
-    size = max(14, round(0.018 * (height * width) ** 0.5))
-    font, pad = _font(size), max(2, size // 5)
-    canvas = Image.fromarray(picture)
-    draw = ImageDraw.Draw(canvas)
-    taken: list[tuple[int, int, int, int]] = []
-    for tag in tags:
-        w, h = round(font.getlength(tag.text)) + 2 * pad, size + pad
-        inside = [(_clip(x, width - w), _clip(y, height - h)) for x, y in tag.places(w, h)]
-        place = min(((x, y, x + w, y + h) for x, y in inside), key=lambda place: sum(_overlap(place, t) for t in taken))
-        taken.append(place)
-        x, y, *_ = place
-        draw.rectangle((x, y, x + w - 1, y + h - 1), fill=tag.colour)
-        luminance = np.dot(tag.colour, (0.299, 0.587, 0.114))
-        draw.text((x + pad, y + h / 2), tag.text, 'black' if luminance > 140 else 'white', font, anchor='lm')
-    return np.array(canvas)
-
-
 def _rgb(colour: Colour) -> tuple[int, ...]:
     return tuple(int(value) for value in colour)
-
-
-def _clip(start: float, last: int) -> int:
-    return int(max(0, min(round(start), last)))
-
-
-def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> int:
-    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-@lru_cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
 
 
 def _line_width(picture: np.ndarray) -> int:
@@ -293,7 +233,7 @@ def _enlarge(image: np.ndarray, factor: int) -> np.ndarray:
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def _fit(image: np.ndarray, cell: int) -> np.ndarray:
+def fit(image: np.ndarray, cell: int) -> np.ndarray:
     """Resize so that the longer side is ``cell``."""
     height, width = image.shape[:2]
     scale = cell / max(height, width)
@@ -314,13 +254,21 @@ def _outline(picture: np.ndarray, mask: np.ndarray, colour: Colour, width: int) 
     cv2.drawContours(picture, contours, -1, pale, width, cv2.LINE_AA)
 
 
+def hatch(image: np.ndarray, mask: np.ndarray, colour: Colour) -> np.ndarray:
+    """A copy of an image (H, W, 3) with stripes over a mask (H, W)."""
+    picture = image.copy()
+    _blend(picture, mask & _stripes(mask.shape, 4 * _line_width(picture)), colour, HATCH_ALPHA)
+    return picture
+
+
 def _stripes(shape: tuple[int, ...], period: int) -> np.ndarray:
     """Diagonal stripes, boolean (H, W)."""
     ys, xs = np.ogrid[: shape[0], : shape[1]]
     return (xs + ys) // period % 2 == 0
 
 
-def _check_image(image: np.ndarray) -> None:
+def check_image(image: np.ndarray) -> None:
+    """Raise ValueError unless ``image`` is RGB, (H, W, 3) uint8."""
     kind, shape = getattr(image, 'dtype', type(image).__name__), np.shape(image)
     if kind != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
         raise ValueError(f'Pictures are RGB arrays, uint8 (H, W, 3) and not empty; given was {kind} {shape}.')

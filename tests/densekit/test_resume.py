@@ -1,20 +1,24 @@
 """A run that stops and goes on ends with the same bits as one that does not."""
 
+import contextlib
 import hashlib
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mmengine.dataset import BaseDataset
-from mmengine.hooks import Hook
+from mmengine.evaluator import BaseMetric
+from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import BaseModel
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from timm.layers import DropPath
 from torch import nn
 
 from backbones.files import read_checkpoint
+from densekit.engine.resume import _restore_position
 from densekit.engine.runner import DensekitRunner
 
 pytestmark = pytest.mark.usefixtures('quick_mmengine')
@@ -79,10 +83,8 @@ def run(work_dir, *, by_epoch, workers=0, persistent=False, end=None, runner=Den
     built = runner(**{**config, **kwargs})
     if end is not None:
         stop_after(built, end)
-    try:
+    with contextlib.suppress(Killed):
         built.train()
-    except Killed:
-        pass
     MMLogger._instance_dict.clear()
     MessageHub._instance_dict.clear()
     return built
@@ -180,3 +182,73 @@ def test_mmengines_own_run_differs(tmp_path, by_epoch):
         run(tmp_path / 'parts', by_epoch=by_epoch, runner=Runner, resume=True)
     names = sorted(path.name for path in (tmp_path / 'parts').glob('iter_*.pth'))
     assert 'iter_24.pth' not in names or digest(tmp_path / 'parts') != digest(tmp_path / 'whole')
+
+
+@pytest.mark.parametrize(
+    ('length', 'saved', 'contract', 'iteration'),
+    [
+        (13, dict(epoch=9, iter=63), {'epoch_length': 7}, 9 * 13),  # 100 images in batches of 8, before of 16
+        (7, dict(epoch=9, iter=9 * 13 + 6), {'epoch_length': 13}, 9 * 7 + 3),
+        (10, dict(epoch=3, iter=60), {'epoch_length': 20}, 30),  # half of the images
+        (40, dict(epoch=3, iter=70), {'epoch_length': 20}, 140),
+        (8, dict(epoch=2, iter=20), {'epoch_length': 8}, 20),
+        (8, dict(epoch=1, iter=16), {'epoch_length': 8}, 16),  # the end of an epoch that is not counted yet
+        (8, dict(epoch=2, iter=20), None, 20),  # mmengine's, which do not say
+        (4, dict(epoch=2, iter=16), None, 8),
+    ],
+)
+def test_epochs_of_another_length(length, saved, contract, iteration):
+    loop = EpochBasedTrainLoop.__new__(EpochBasedTrainLoop)
+    loop.dataloader = range(length)
+    _restore_position(SimpleNamespace(train_loop=loop), saved, contract)
+    assert (loop._epoch, loop._iter) == (saved['epoch'], iteration)
+    assert 0 <= loop._iter - loop._epoch * length <= length
+
+
+def test_a_run_without_schedulers_goes_on(tmp_path):
+    run(tmp_path / 'whole', by_epoch=False, param_scheduler=None)
+    run(tmp_path / 'parts', by_epoch=False, param_scheduler=None, end=13)
+    run(tmp_path / 'parts', by_epoch=False, param_scheduler=None, resume=True)
+    ours, other = (read_checkpoint(tmp_path / name / 'iter_24.pth') for name in ('whole', 'parts'))
+    assert 'param_schedulers' not in ours
+    assert all(torch.equal(ours['state_dict'][key], value) for key, value in other['state_dict'].items())
+
+
+class Scores(BaseMetric):
+    """Falls all the time, and remembers when it was asked."""
+
+    asked: list[int] = []
+
+    def process(self, data_batch, data_samples):
+        self.results.append(0)
+
+    def compute_metrics(self, results):
+        Scores.asked.append(len(Scores.asked))
+        return {'score': -len(Scores.asked)}
+
+
+def validated(**more):
+    loader = dict(batch_size=16, dataset=Augmented(), sampler=dict(type='DefaultSampler', shuffle=False))
+    cfg = dict(by_epoch=True, max_epochs=3, dynamic_intervals=[(2, 1)], val_interval=2)
+    return dict(val_dataloader=loader, val_cfg={}, val_evaluator=[Scores()], train_cfg=cfg, **more)
+
+
+@pytest.mark.parametrize(('end', 'asked'), [(13, 2), (16, 2), (23, 1)])
+def test_validations_after_a_resume(tmp_path, end, asked):
+    """After the second epoch by the changed interval, and after the third; the second one was not reached at 16."""
+    run(tmp_path, by_epoch=True, end=end, **validated())
+    Scores.asked.clear()
+    run(tmp_path, by_epoch=True, resume=True, **validated())
+    assert len(Scores.asked) == asked
+
+
+def test_early_stopping_goes_on_waiting(tmp_path):
+    def stopping():
+        return [EarlyStoppingHook(monitor='score', rule='greater', patience=2)]
+
+    more = dict(val_interval=1, dynamic_intervals=None)
+    config = validated()
+    config['train_cfg'].update(more, max_epochs=9)
+    run(tmp_path / 'parts', by_epoch=True, end=17, custom_hooks=stopping(), **config)
+    resumed = run(tmp_path / 'parts', by_epoch=True, resume=True, custom_hooks=stopping(), **config)
+    assert resumed.epoch == 3  # the best is the first; two worse ones end it
