@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import itertools
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -252,3 +253,12 @@ def test_early_stopping_goes_on_waiting(tmp_path):
     run(tmp_path / 'parts', by_epoch=True, end=17, custom_hooks=stopping(), **config)
     resumed = run(tmp_path / 'parts', by_epoch=True, resume=True, custom_hooks=stopping(), **config)
     assert resumed.epoch == 3  # the best is the first; two worse ones end it
+
+
+def test_mmengine_goes_on_from_our_checkpoints(tmp_path):
+    """They load with torch's own safe defaults, as mmengine calls it; what mmengine writes does not."""
+    run(tmp_path, by_epoch=False, end=13)
+    torch.load(tmp_path / 'iter_12.pth', weights_only=True)
+    assert run(tmp_path, by_epoch=False, runner=Runner, resume=True).iter == 24
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / 'iter_24.pth', weights_only=True)
