@@ -1,10 +1,10 @@
-# make install | demo | test | lint | test-slow | test-gpu | tables | clean
+# make install | demo | test | lint | test-slow | test-gpu | test-browser | soak | tables | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: install demo test lint test-slow test-gpu soak tables clean
+.PHONY: install demo test lint test-slow test-gpu test-browser soak tables clean
 
 install: $(STAMP)
 
@@ -34,6 +34,10 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+# Installs Debian's Chromium where it is missing.
+test-browser: $(STAMP)
+	sh tests/browser.sh
 
 # About 15 minutes: a run that is killed again and again until it completes, against one that is not.
 soak: $(STAMP)

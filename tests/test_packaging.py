@@ -85,7 +85,7 @@ def test_the_wheel_holds_the_two_packages_and_all_of_them(source, wheel):
 
 
 def test_the_metadata_names_the_extras(metadata):
-    assert set(metadata.get_all('Provides-Extra')) == {'lite', 'dev', 'test'}
+    assert set(metadata.get_all('Provides-Extra')) == {'lite', 'fast', 'dev', 'test'}
     required = [Requirement(line) for line in metadata.get_all('Requires-Dist')]
     plain = {requirement.name for requirement in required if not requirement.marker}
     assert plain == {'torch', 'torchvision', 'timm', 'numpy', 'pycocotools', 'safetensors', 'pillow', 'filelock'}

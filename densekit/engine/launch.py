@@ -1,5 +1,7 @@
 """What tools/train.py and tools/test.py do."""
 
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -172,7 +174,10 @@ def _build_runner(cfg: Config) -> DensekitRunner:
     runner = RUNNERS.get(cfg.runner_type)
     if runner is None or not issubclass(runner, DensekitRunner):
         raise ValueError(f'runner_type is {cfg.runner_type!r} in this config; only DensekitRunner can be used here')
-    return runner.from_cfg(cfg)
+    built = runner.from_cfg(cfg)
+    if built.rank == 0:
+        Path(built.log_dir, 'command.txt').write_text(f'{shlex.join(["python", *sys.argv])}\n', encoding='utf-8')
+    return built
 
 
 def _check_file(path: str) -> None:

@@ -99,7 +99,8 @@ def test_data_that_is_not_there(mistake, tmp_path, config):
 def test_generated_data_of_other_parameters(mistake, tiny, tmp_path):
     shutil.copytree(tiny.data, tmp_path / 'data')
     options = [f'{loop}_dataloader.dataset.data_root={tmp_path}/data' for loop in ('train', 'val')]
-    options += ['train_dataloader.dataset.shapes.size=32', f'val_evaluator.ann_file={tmp_path}/data/coco/annotations/instances_val.json']
+    annotations = tmp_path / 'data/coco/annotations/instances_val.json'
+    options += ['train_dataloader.dataset.shapes.size=32', f'val_evaluator.ann_file={annotations}']
     said = mistake('train', tiny.det, '--cfg-options', *options)
     assert f'{tmp_path}/data is not the shapes data set asked for' in said
     assert 'Delete this folder' in said
