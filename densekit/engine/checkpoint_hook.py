@@ -28,7 +28,8 @@ class DensekitCheckpointHook(CheckpointHook):
     - an old checkpoint is deleted only after the new one is on disk and ``last_checkpoint`` names it, and so is an old
       best one; mmengine deletes first, and a crash in between leaves nothing. The disk must hold one more than
       ``max_keep_ckpts``;
-    - what a crash kept from being deleted is deleted after the next save;
+    - what a crash kept from being deleted is deleted after the next save; a run that goes on from a checkpoint of
+      another folder deletes nothing but what it saves itself;
     - checkpoints are published without executing anything in them, and the suffix of their name is the file's SHA-256.
 
     With an ``out_dir`` that is not a local folder it is mmengine's.
@@ -49,13 +50,15 @@ class DensekitCheckpointHook(CheckpointHook):
         super().before_train(runner)
         self.max_keep_ckpts = limit
         known = runner.message_hub.runtime_info
+        elsewhere = self._from_elsewhere(runner)
+        if elsewhere:
+            self._forget_files(known)
         self.keep_ckpt_ids: deque = deque(known.get('keep_ckpt_ids', ()))
         self._outdated: list[str] = list(known.get(_OUTDATED, ()))
         self._former_bests: dict[str, str | None] = {}
         self._set_bests({metric: path and self._here(path) for metric, path in self._bests().items()})
         if self.last_ckpt is None and 'last_ckpt' in known:  # else a resumed run saves less than one that never stopped
-            self.last_ckpt = self._here(known['last_ckpt'])
-            self._set_outdated(runner, [*self._outdated, *self._never_named(Path(runner.work_dir, store.POINTER))])
+            self.last_ckpt = known['last_ckpt'] if elsewhere else self._here(known['last_ckpt'])
         if is_main_process() and (leftovers := store.clean(Path(self.out_dir))):
             runner.logger.warning(f'Removed what an interrupted save left behind: {", ".join(leftovers)}')
 
@@ -168,15 +171,16 @@ class DensekitCheckpointHook(CheckpointHook):
                 left.append(name)
         self._set_outdated(runner, left)
 
-    def _never_named(self, pointer: Path) -> list[str]:
-        """What an earlier run saved last, if it died before it could name it in ``last_checkpoint``."""
-        if self.max_keep_ckpts <= 0 or not pointer.is_file():
-            return []
-        named = pointer.stat().st_mtime_ns
-        later = [
-            path for path in store.candidates(Path(self.out_dir)) if path.exists() and path.stat().st_mtime_ns > named
-        ]
-        return [path.name for path in later if path.name != Path(self.last_ckpt or '').name]
+    def _from_elsewhere(self, runner: Runner) -> bool:
+        """Whether the run goes on from a checkpoint of another folder."""
+        source = getattr(runner, '_load_from', None)  # None: mmengine's own runner found it in the work folder
+        return source is not None and Path(source).parent.resolve() != Path(self.out_dir).resolve()
+
+    def _forget_files(self, known: dict[str, Any]) -> None:
+        """Forgets what another folder's run was going to delete: here, files of these names are of another run."""
+        for key in [key for key in known if key in ('keep_ckpt_ids', _OUTDATED) or key.startswith('best_ckpt')]:
+            del known[key]
+        self._set_bests(dict.fromkeys(self._bests()))
 
     def _set_outdated(self, runner: Runner, names: Sequence[str]) -> None:
         self._outdated = list(dict.fromkeys(names))

@@ -150,16 +150,23 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     skipped = []
     if (folder / POINTER).is_file() and _pointed_to(folder) is None:
         skipped.append(f'{POINTER}: it names no file')
-    for path in candidates(folder):
+    rest = candidates(folder)
+    while rest:
+        path = rest.pop(0)
         reason = problem(path)
         if reason is None:
-            return path, skipped
+            further = [each for each in rest if _iteration(each) > _iteration(path)]
+            left_behind = f'{POINTER} names an earlier one, which the run went back to'
+            return path, [*skipped, *(f'{each.name}: {left_behind}' for each in further)]
         skipped.append(f'{path.name}: {reason}')
     return None, skipped
 
 
 def candidates(folder: Path) -> list[Path]:
     """What a run in this folder may go on from: what ``last_checkpoint`` names, then the others, newest first.
+
+    Checkpoints of later iterations come before it if they were written after it: the run died, or the disk failed,
+    before it could name them. Those written before are of a run that went back, and come after it.
 
     Best and published checkpoints are not among them: they have no optimizer. Nothing is checked here.
 
@@ -170,7 +177,12 @@ def candidates(folder: Path) -> list[Path]:
     folders = {folder, folder if pointed is None else pointed.parent}
     found = {path for each in folders if each.is_dir() for path in each.iterdir() if _is_candidate(path)}
     newest_first = sorted(found - {pointed}, key=lambda path: (_iteration(path), path.name), reverse=True)
-    return newest_first if pointed is None else [pointed, *newest_first]
+    if pointed is None:
+        return newest_first
+    reached, named = _iteration(pointed), (folder / POINTER).stat().st_mtime_ns
+    # Two files that are written one after the other may have the same time.
+    unnamed = [path for path in newest_first if _iteration(path) > reached and _written(path) >= named]
+    return [*unnamed, pointed, *(path for path in newest_first if path not in unnamed)]
 
 
 def point_to(folder: Path, path: Path | str) -> None:
@@ -423,6 +435,13 @@ def _iteration(path: Path) -> int:
         return int(read_checkpoint(path, mmap=True, trust_pickle=True)['meta']['iter'])
     number = _NUMBERED.fullmatch(path.name)
     return -1 if number is None else int(number[1])
+
+
+def _written(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:  # such as a link that leads nowhere
+        return 0
 
 
 def _fact(path: Path, name: str) -> Any:

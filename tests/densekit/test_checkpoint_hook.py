@@ -40,6 +40,7 @@ class Training:
         self.max_epochs, self.max_iters = 100, 1000
         self.message_hub = MessageHub('test')
         self.logger = logging.getLogger('test_checkpoint_hook')
+        self._load_from: str | None = None
 
     @property
     def train_loop(self) -> Any:
@@ -47,7 +48,7 @@ class Training:
 
     def start(self, resume: Path | str | None = None) -> 'Training':
         if resume is not None:
-            whole = read_checkpoint(resume)
+            whole, self._load_from = read_checkpoint(resume), str(resume)
             self.epoch, self.iter = whole['meta']['epoch'], whole['meta']['iter']
             self.message_hub.load_state_dict(whole['message_hub'])
         self.hook.before_train(self)
@@ -234,6 +235,65 @@ def test_a_run_by_iterations_stops_too(tmp_path: Path, keep: int) -> None:
     resumed.iter = 10
     resumed.run()
     assert names(tmp_path) == ['iter_10.pth', *(['iter_15.pth'] if keep < 0 else []), 'iter_20.pth']
+
+
+@pytest.mark.usefixtures('quick')
+def test_what_this_run_did_not_save_is_left_alone(tmp_path: Path) -> None:
+    """A copy of the folder has new times, and users have files of their own in it."""
+    run, copied = tmp_path / 'run', tmp_path / 'copied'
+    training = ours(run, max_keep_ckpts=3).start().run().run().run()
+    training.hook.save_now(training, {'epoch': 3, 'iter': 35})
+    write(run / 'my_average.pth', 30)
+    write(run / 'iter_99.pth', 99)
+    copied.mkdir()
+    for name in ('last_checkpoint', *names(run), *names(run, '*.pth.json')):  # the pointer is the oldest
+        (copied / name).write_bytes((run / name).read_bytes())
+    os.utime(copied / 'last_checkpoint', (1, 1))
+    ours(copied, max_keep_ckpts=3).start(copied / 'epoch_2.pth').run()
+    assert set(names(copied)) >= {*names(run), 'epoch_1.pth', 'epoch_2.pth', 'epoch_3.pth'}
+
+
+def another_run(folder: Path) -> Path:
+    """Returns a checkpoint that names, as kept, outdated and best, files that a run in another folder has too."""
+    training = ours(folder, max_keep_ckpts=2).start().run(0.5).run(0.4)
+    training.hook.save_now(training, {'epoch': 2, 'iter': 25})
+    assert names(folder) == ['best_mAP_epoch_1.pth', 'epoch_1.pth', 'epoch_2.pth', 'iter_25.pth']
+    known = known_in(folder / 'iter_25.pth')
+    assert known['keep_ckpt_ids'] == [1, 2] and known['outdated_ckpts'] == ['iter_25.pth']
+    return folder / 'iter_25.pth'
+
+
+@pytest.mark.usefixtures('quick')
+@pytest.mark.parametrize('restarted', [False, True])
+def test_going_on_from_another_folder_deletes_nothing_that_was_there(tmp_path: Path, restarted: bool) -> None:
+    theirs, mine = another_run(tmp_path / 'theirs'), another_run(tmp_path / 'mine').parent
+    before, there = set(names(mine)), names(theirs.parent)
+    training = ours(mine).start(theirs).run(0.1)
+    if restarted:
+        training = ours(mine).start(mine / 'epoch_3.pth')
+    training.run(0.95)
+    assert set(names(mine)) == before | {'epoch_4.pth', 'best_mAP_epoch_4.pth'}
+    assert names(theirs.parent) == there
+
+
+@pytest.mark.usefixtures('quick')
+@pytest.mark.parametrize('forgets', [False, True])
+def test_without_forgetting_it_would_delete_them(tmp_path: Path, monkeypatch: Any, forgets: bool) -> None:
+    if not forgets:
+        monkeypatch.setattr(DensekitCheckpointHook, '_from_elsewhere', lambda self, runner: False)
+    theirs, mine = another_run(tmp_path / 'theirs'), another_run(tmp_path / 'mine').parent
+    before = set(names(mine))
+    ours(mine).start(theirs).run(0.9)
+    lost = {'best_mAP_epoch_1.pth', 'epoch_1.pth', 'epoch_2.pth', 'iter_25.pth'}
+    assert before - set(names(mine)) == (set() if forgets else lost)
+
+
+@pytest.mark.usefixtures('quick')
+def test_the_same_folder_by_another_path_is_no_other(tmp_path: Path) -> None:
+    run = another_run(tmp_path / 'run').parent
+    (tmp_path / 'link').symlink_to(run)
+    ours(run).start(tmp_path / 'link/iter_25.pth').run(0.9)
+    assert names(run) == ['best_mAP_epoch_3.pth', 'epoch_3.pth']
 
 
 @pytest.mark.usefixtures('quick')

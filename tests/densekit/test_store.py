@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,11 @@ Work = Callable[[Callable[[str], None]], None]
 
 
 def each_death(folder: Path, prepare: Callable[[], None], work: Work) -> Iterator[list[str]]:
-    """Kills the work at its first event on the disk, its second, ...; yields what it had told until then."""
-    for event in range(1, 1000):
+    """Kills the work at its first event on the disk, its third, ...; yields what it had told until then.
+
+    Every second one is enough to show that :func:`each_moment`, which has all of them, sees the same states.
+    """
+    for event in range(1, 1000, 2):
         shutil.rmtree(folder, ignore_errors=True)
         prepare()
 
@@ -126,7 +130,7 @@ def each_death(folder: Path, prepare: Callable[[], None], work: Work) -> Iterato
 
 
 def each_moment(folder: Path, power_cut: bool, prepare: Callable[[], None], work: Work) -> Iterator[list[str]]:
-    """Like :func:`each_death` from copies of the folder at each event: the same states in a tenth of the time."""
+    """Like :func:`each_death` from copies of the folder at each event: all the states in a tenth of the time."""
     copies = folder.with_name(f'{folder.name}_copies')
 
     def copying(tell: Callable[[str], None]) -> None:
@@ -203,7 +207,7 @@ def test_every_death_leaves_the_old_or_the_new_checkpoint(tmp_path: Path, death:
         assert found[-1] == 2 or not told
         store.clean(folder)
         assert not list(folder.glob('*partial*'))
-    assert len(found) >= 15 and set(found) == {1, 2} and found == sorted(found)
+    assert len(found) >= 8 and set(found) == {1, 2} and found == sorted(found)
 
 
 def lost(folder: Path, power_cut: bool, write: Callable[[Path, int], None]) -> list[bool]:
@@ -407,8 +411,7 @@ def test_a_missing_manifest_is_no_damage(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ('text', 'expected', 'said'),
     [
-        ('iter_1.pth', 'iter_1.pth', []),  # what it names counts, not what is newest
-        ('/moved/away/iter_2.pth\n', 'iter_2.pth', []),
+        ('/moved/away/iter_3.pth\n', 'iter_3.pth', []),
         ('', 'iter_3.pth', ['last_checkpoint: it names no file']),
         ('..', 'iter_3.pth', ['last_checkpoint: it names no file']),
         ('\0\0\0', 'iter_3.pth', ['last_checkpoint: it names no file']),
@@ -422,6 +425,51 @@ def test_the_pointer_may_be_wrong(tmp_path: Path, text: str | None, expected: st
     if text is not None:
         (tmp_path / 'last_checkpoint').write_text(text)
     assert store.newest_valid(tmp_path) == (tmp_path / expected, said)
+
+
+def set_age(path: Path, seconds: float) -> None:
+    """Makes a file older than one that is written now."""
+    written = time.time() - seconds
+    os.utime(path, (written, written))
+
+
+LEFT_BEHIND = 'last_checkpoint names an earlier one, which the run went back to'
+
+
+def test_a_run_that_went_back_goes_on_from_what_it_saved_since(tmp_path: Path) -> None:
+    three(tmp_path)
+    for name in ('iter_2.pth', 'iter_3.pth'):
+        set_age(tmp_path / name, 10)
+    store.point_to(tmp_path, tmp_path / 'iter_1.pth')
+    assert store.newest_valid(tmp_path) == (
+        tmp_path / 'iter_1.pth',
+        [f'iter_3.pth: {LEFT_BEHIND}', f'iter_2.pth: {LEFT_BEHIND}'],
+    )
+    (tmp_path / 'iter_4.pth').symlink_to('nowhere')
+    assert store.candidates(tmp_path)[0] == tmp_path / 'iter_1.pth'
+
+
+@pytest.mark.parametrize('age', [0, 10])
+def test_checkpoints_that_were_saved_and_never_named_are_newer(tmp_path: Path, age: int) -> None:
+    """The run died in between, or ``last_checkpoint`` could not be written."""
+    three(tmp_path)
+    store.point_to(tmp_path, tmp_path / 'iter_1.pth')
+    set_age(tmp_path / 'iter_2.pth', 20)  # of before the run went back
+    set_age(tmp_path / 'last_checkpoint', age)
+    set_age(tmp_path / 'iter_3.pth', 0)
+    assert store.newest_valid(tmp_path) == (tmp_path / 'iter_3.pth', [])
+    flip(tmp_path / 'iter_3.pth')
+    newest, skipped = store.newest_valid(tmp_path)
+    assert newest == tmp_path / 'iter_1.pth'
+    assert 'sha256' in skipped[0] and skipped[1:] == [f'iter_2.pth: {LEFT_BEHIND}']
+
+
+def test_an_earlier_or_equal_iteration_that_is_written_later_is_not_newer(tmp_path: Path) -> None:
+    """Such as an average of this run's checkpoints, which has no optimizer."""
+    three(tmp_path)
+    set_age(tmp_path / 'last_checkpoint', 10)
+    write(tmp_path / 'average.pth', 3)
+    assert store.newest_valid(tmp_path) == (tmp_path / 'iter_3.pth', [])
 
 
 def test_a_moved_folder_is_complete(tmp_path: Path) -> None:
