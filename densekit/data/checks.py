@@ -27,6 +27,9 @@ from densekit.data.locate import GENERATED, is_remote, leaves, type_name
 
 _PARTS = ('dataloader', 'evaluator')
 _PANOPTIC = ('CocoPanopticDataset', 'CocoPanopticMetric')
+# Data sets that read the very files their annotations name, and loaders that read files as these checks do.
+_READ_AS_THEY_ARE = ('CocoDataset', 'CocoPanopticDataset', *GENERATED)
+_IMAGE_LOADER, _LABEL_LOADER = 'LoadImageFromFile', 'LoadAnnotations'
 _HEADS = re.compile(r'(?:^|\.)(?:bbox_head|mask_head|decode_head|auxiliary_head)(?:\.\d+)?$')
 
 
@@ -131,7 +134,7 @@ class _Dataset:
         elif _is_coco(cls):
             path, use = self._coco(cls)
             coco.setdefault((path, _is_panoptic(cls)), []).append(use)
-            report.faults += _head_faults(self.cfg, self.loop, use.classes)
+            report.faults += self.head_faults(cls)
             report.source = path
         elif hasattr(cls, 'get_label_map'):
             report = self._label_maps(cls, headers, decode, progress)
@@ -149,23 +152,31 @@ class _Dataset:
         root = self.dataset.get('data_root') or ''
         return path if osp.isabs(path) or not root else osp.join(root, path)
 
+    def head_faults(self, cls: Any) -> Iterator[Fault]:
+        """The heads of the model of another number of classes than the data set; those of boxes know things only."""
+        metainfo = cls._load_metainfo(self.dataset.get('metainfo'))
+        things = metainfo.get('thing_classes') if _is_panoptic(cls) else None
+        return _head_faults(self.cfg, self.loop, metainfo.get('classes') or (), things)
+
     def _coco(self, cls: Any) -> tuple[str, CocoUse]:
         metainfo = cls._load_metainfo(self.dataset.get('metainfo'))
         prefix = self.dataset.get('data_prefix') or {}
         filters = self.dataset.get('filter_cfg') or {}
         pipeline = list(_transforms(self.dataset.get('pipeline')))
+        unopened = _names_otherwise(cls) or _read_otherwise(pipeline, _IMAGE_LOADER)
         use = CocoUse(
             where=self.where,
             classes=tuple(map(str, metainfo.get('classes') or ())),
             kind=type_name(self.dataset),
             default_classes='classes' not in (self.dataset.get('metainfo') or {}),
             training=self.loop == 'train' and not self.dataset.get('test_mode'),
-            image_prefix=self._path(prefix.get('img') or ''),
+            image_prefix=None if unopened else self._path(prefix.get('img') or ''),
             seg_prefix=self._path(prefix['seg']) if _is_panoptic(cls) and prefix.get('seg') else None,
             filter_empty=filters.get('filter_empty_gt'),
             min_size=filters.get('min_size', 0),
             masks=any(t.get('with_mask') for t in pipeline if 'LoadAnnotations' in type_name(t)),
             oriented=_follows_exif(pipeline),
+            unopened=unopened,
         )
         return osp.normpath(self._path(self.dataset.get('ann_file') or '')), use
 
@@ -189,11 +200,12 @@ class _Dataset:
             ignored=_ignored_label(self.cfg, self.loop),
             opencv=any(t.get('imdecode_backend') == 'cv2' for t in loaders),
             oriented=_follows_exif(pipeline),
+            unopened=_read_otherwise(pipeline, _IMAGE_LOADER, _LABEL_LOADER),
         )
         found = check_label_maps(built, use, headers=headers, decode=decode, progress=progress)
-        report.faults += [*_head_faults(self.cfg, self.loop, classes), *found.faults]
+        report.faults += [*self.head_faults(cls), *found.faults]
         report.counts = {'images': found.images, 'label maps': found.maps, 'decoded': found.decoded}
-        report.classes = found.classes
+        report.classes, report.remarks = found.classes, found.remarks
         return report
 
 
@@ -296,6 +308,23 @@ def _is_panoptic(cls: Any) -> bool:
     return any(owner.__name__ in _PANOPTIC for owner in getattr(cls, '__mro__', ()))
 
 
+def _names_otherwise(cls: Any) -> str:
+    """Why the files of a data set of COCO's kind are not those that its annotation file names, or ''."""
+    for method in ('load_data_list', 'parse_data_info'):
+        owner = next((owner.__name__ for owner in cls.__mro__ if method in vars(owner)), '')
+        if owner not in _READ_AS_THEY_ARE:
+            return f'images not looked for: {owner}.{method} may name other files than the annotations do'
+    return ''
+
+
+def _read_otherwise(pipeline: Sequence[Mapping], *loaders: str) -> str:
+    """Why files are not opened: a pipeline without the loaders that read them as these checks do, or ''."""
+    names = [type_name(transform) for transform in pipeline]
+    absent = [loader for loader in loaders if names and loader not in names]
+    others = [name for name in names if 'Load' in name and name not in loaders] or names[:1]
+    return f'files not opened: the pipeline reads them by {", ".join(others)}, not {absent[0]}' if absent else ''
+
+
 def _transforms(pipeline: Any) -> Iterator[Mapping]:
     """The transforms of a pipeline, those inside others as well."""
     if isinstance(pipeline, Mapping):
@@ -327,18 +356,25 @@ def _not_generated_yet(datasets: Sequence[Mapping]) -> list[str]:
     return [root for root in roots if not osp.exists(osp.join(root, 'shapes.json'))]
 
 
-def _head_faults(cfg: Config, loop: str, classes: Sequence[str]) -> Iterator[Fault]:
-    """The heads of the model of another number of classes than the data set."""
+def _head_faults(
+    cfg: Config, loop: str, classes: Sequence[str], things: Sequence[str] | None = None
+) -> Iterator[Fault]:
+    """The heads of the model of another number of classes than the data set, or than its things have."""
     file = str(getattr(cfg, 'filename', None) or 'the config')
     for path, head in _heads(cfg.get('model') or {}, ''):
         count = head.get('num_classes', _default(_lookup(MODELS, cfg, head.get('type')), 'num_classes'))
-        if isinstance(count, int) and classes and count != len(classes) and not head.get('class_agnostic'):
-            text = f'model.{path} has num_classes={count}, and the {loop} data set {len(classes)} classes'
+        learned = things or classes
+        if isinstance(count, int) and classes and count != len(learned) and not head.get('class_agnostic'):
+            kind = 'classes of things' if things else 'classes'
+            text = f'model.{path} has num_classes={count}, and the {loop} data set {len(learned)} {kind}'
             yield fault('heads-differ', file, path, text)
 
 
 def _heads(node: Any, path: str) -> Iterator[tuple[str, Mapping]]:
     if isinstance(node, Mapping):
+        # Heads that have a place per word, or tell edges from the rest, whatever the number of classes.
+        if node.get('language_model') or type_name(node) == 'STDCHead':
+            return
         if _HEADS.search(path) and 'type' in node:
             yield path, node
         children = list(node.items())

@@ -37,6 +37,7 @@ class CocoUse:
         masks: whether masks are read.
         scored: whether an evaluator reads the file.
         oriented: whether the loader turns images as EXIF says.
+        unopened: why the images are not read, for a remark.
     """
 
     where: str
@@ -51,6 +52,7 @@ class CocoUse:
     masks: bool = False
     scored: bool = False
     oriented: bool = True
+    unopened: str = ''
 
 
 class Table:
@@ -194,6 +196,8 @@ def check_use(
     others = sorted(set(names.values()) - set(use.classes))
     if others and len(others) < len(names):
         found.remarks.append(printable(f'categories that are no class of the config: {_some(others)}'))
+    if use.unopened:
+        found.remarks.append(use.unopened)
     if use.image_prefix is not None:
         found.faults += _file_faults(table, use, headers, decode, progress)
     return found

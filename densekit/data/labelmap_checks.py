@@ -26,6 +26,7 @@ class LabelMapUse:
         ignored: the label that the loss, or the score, passes over.
         opencv: whether they are decoded by OpenCV and not by PIL.
         oriented: whether the loader turns images as EXIF says.
+        unopened: why no file is to be opened, for a remark.
     """
 
     where: str
@@ -33,6 +34,7 @@ class LabelMapUse:
     ignored: int = 255
     opencv: bool = False
     oriented: bool = True
+    unopened: str = ''
 
 
 @dataclass
@@ -45,6 +47,7 @@ class LabelMapFindings:
         maps: number of label maps that are there.
         decoded: number of those that were decoded.
         classes: in how many of the decoded each class is.
+        remarks: why something was not checked.
     """
 
     faults: list[Fault] = field(default_factory=list)
@@ -52,6 +55,7 @@ class LabelMapFindings:
     maps: int = 0
     decoded: int = 0
     classes: dict[str, int] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
 
 def loaded_labels(dataset: Any) -> np.ndarray:
@@ -101,7 +105,11 @@ def check_label_maps(
     if any('seg_map_path' not in item for item in items):
         return found  # a test set
     there = _with_label_map(dataset, items, use, found)
-    _open(dataset, there, use, found, headers, decode, progress)
+    if use.unopened:
+        found.maps = len(there)
+        found.remarks.append(use.unopened)
+    else:
+        _open(dataset, there, use, found, headers, decode, progress)
     return found
 
 

@@ -6,28 +6,36 @@ they differ from epoch to epoch, and are the same for any number of workers, per
 with them a resumed epoch does.)
 """
 
+import itertools
+import logging
 import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from mmengine.dataset import BaseDataset
 from mmengine.dist import get_rank, get_world_size
+from mmengine.logging import print_log
 from torch.utils.data import Dataset, Sampler, get_worker_info
+
+# Samples below which nothing is concluded from the share of them that came to nothing.
+_ENOUGH = 20
 
 
 class SampleKey(NamedTuple):
     """Names one use of one sample.
 
     Attributes:
-        sample: its index in the data set.
+        sample: its index in the data set; several for samples within samples, such as frames of videos.
         epoch: how often the data set has been gone through before.
         repeat: how often this process has used this index in this epoch before, for samplers that draw one repeatedly.
     """
 
-    sample: int
+    sample: int | tuple[int, ...]
     epoch: int
     repeat: int
 
@@ -69,22 +77,26 @@ class NamedSamples(Dataset):
         num_workers: of the data loader.
     """
 
-    _OWN = ('inner', 'seed', 'reading')
+    _OWN = ('inner', 'seed', 'reading', 'outcomes')
 
     def __init__(self, inner: Any, seed: int, num_workers: int = 0) -> None:
         self.inner = inner
         self.seed = seed
         # Which index each worker is at, seen by the main process too: a worker that is killed cannot tell any more.
         self.reading = torch.full((max(num_workers, 1),), -1, dtype=torch.int64).share_memory_()
+        # By worker: how often a sample was prepared, and how often that came to nothing.
+        self.outcomes = torch.zeros((max(num_workers, 1), 2), dtype=torch.int64).share_memory_()
+        for dataset in _base_datasets(inner):
+            # Seen from within, as mmengine's BaseDataset takes another sample at random and says nothing.
+            dataset.prepare_data = partial(_prepare, self.outcomes, dataset)
 
-    def __getitem__(self, key: SampleKey | int) -> Any:
+    def __getitem__(self, key: SampleKey | int | tuple[int, ...]) -> Any:
         index = key.sample if isinstance(key, SampleKey) else key
-        worker = get_worker_info()
-        self.reading[worker.id if worker else 0] = index
+        self.reading[_worker()] = -1 if isinstance(index, tuple) else index
         try:
             if not isinstance(key, SampleKey):
                 return self.inner[index]
-            with seeded(self.seed, key.epoch, key.sample, key.repeat):
+            with seeded(self.seed, *_entropy(key)):
                 return self.inner[index]
         except Exception as error:
             raise SampleError(f'{self.name(index)} cannot be used: {type(error).__name__}: {error}') from error
@@ -92,7 +104,29 @@ class NamedSamples(Dataset):
     def __len__(self) -> int:
         return len(self.inner)
 
-    def name(self, index: int) -> str:
+    def tell_lost(self) -> None:
+        """Logs how many samples came to nothing since the last call, in this process and its workers.
+
+        mmengine's BaseDataset replaces a sample of which the transforms leave nothing by another, at random.
+
+        Raises:
+            SampleError: if that was most of them.
+        """
+        prepared, lost = self.outcomes.sum(dim=0).tolist()
+        self.outcomes.zero_()
+        if not lost:
+            return
+        text = (
+            f'{lost:,} of {prepared:,} samples came to nothing in their transforms; others, at random, took their place'
+        )
+        if prepared >= _ENOUGH and lost > prepared / 2:
+            raise SampleError(
+                f'{text}. That is most of the data: see which transform of train_dataloader.dataset.pipeline returns '
+                'None (a filter of boxes or a crop that is too strict, or images that cannot be read).'
+            )
+        print_log(text, 'current', logging.WARNING)
+
+    def name(self, index: int | tuple[int, ...]) -> str:
         """``sample 17 (train2017/000000000072.jpg)``, for messages."""
         try:
             info = self.inner.get_data_info(index)
@@ -110,6 +144,37 @@ class NamedSamples(Dataset):
             super().__setattr__(name, value)
         else:  # such as the pipeline, which hooks of mmdet exchange
             setattr(self.inner, name, value)
+
+
+def _worker() -> int:
+    """The number of this data worker, 0 in the main process."""
+    worker = get_worker_info()
+    return worker.id if worker else 0
+
+
+def _entropy(key: SampleKey) -> tuple[int, ...]:
+    """The integers that seed one use of a sample, unlike those of any other and, by their number, of a step."""
+    if isinstance(key.sample, tuple):
+        return key.epoch, key.repeat, *key.sample, 0, 0
+    return key.epoch, key.sample, key.repeat
+
+
+def _base_datasets(dataset: Any) -> Iterator[BaseDataset]:
+    """The data sets of mmengine inside wrappers."""
+    if isinstance(dataset, BaseDataset):
+        yield dataset
+    else:
+        for part in getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]:
+            if part is not None:
+                yield from _base_datasets(part)
+
+
+def _prepare(outcomes: torch.Tensor, dataset: BaseDataset, index: int) -> Any:
+    """A data set's own prepare_data, counted."""
+    prepared = type(dataset).prepare_data(dataset, index)
+    outcomes[_worker(), 0] += 1
+    outcomes[_worker(), 1] += prepared is None
+    return prepared
 
 
 class KeyedBatches(Sampler[list[SampleKey]]):
@@ -144,18 +209,24 @@ class KeyedBatches(Sampler[list[SampleKey]]):
         skip, self.skip = self.skip, 0
         if not self.endless:
             yield from self._pass(self.epoch, skip)
-        elif hasattr(self.sampler, 'indices'):  # mmengine's InfiniteSampler, and what is made after it
+        elif isinstance(getattr(self.sampler, 'indices', None), Iterator):  # as mmengine's InfiniteSampler has them
             yield from self._infinite(skip)
         else:
-            epoch, skip = divmod(skip, len(self.batches))
-            while True:
-                if hasattr(self.sampler, 'set_epoch'):
-                    self.sampler.set_epoch(epoch)
-                yield from self._pass(epoch, skip)
-                epoch, skip = epoch + 1, 0
+            yield from itertools.islice(self._passes(), skip, None)
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    def _passes(self) -> Iterator[list[SampleKey]]:
+        """All from the first on: of some samplers, such as mmdet's MultiSourceSampler, one pass has no end."""
+        for epoch in itertools.count():
+            if hasattr(self.sampler, 'set_epoch'):
+                self.sampler.set_epoch(epoch)
+            batch = None
+            for batch in self._pass(epoch, 0):
+                yield batch
+            if batch is None:
+                raise ValueError('the sampler gives no batch: the data set is empty, or smaller than a batch')
 
     def _pass(self, epoch: int, skip: int) -> Iterator[list[SampleKey]]:
         used: Counter[int] = Counter()

@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -31,9 +31,9 @@ class NonFiniteError(RunStopped):
 
 
 class FiniteGuard(Hook):
-    """Looks at all gradients right before every step of the optimizer, and ends the run if one is not finite.
+    """Looks at all losses and gradients right before every step, and ends the run if one is not finite.
 
-    Two flags per step are reduced across processes, so that all end at the same step. Under float16, a step that the
+    Four flags per step are reduced across processes, so that all end at the same step. Under float16, a step that the
     loss scaler skips does not count, unless there is no other for long.
     """
 
@@ -70,7 +70,10 @@ class FiniteGuard(Hook):
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Ends a run whose steps are all skipped."""
         self._without_step += 1
-        scaled = hasattr(runner.optim_wrapper, 'loss_scaler')
+        wrapper = runner.optim_wrapper
+        scaled = hasattr(wrapper, 'loss_scaler')
+        if self._batches.maxlen == 1 or wrapper.should_update():
+            self._batches.clear()  # a batch that the loss scaler skipped has no part in the next step
         if scaled and self._without_step > MOST_SKIPPED * (self._batches.maxlen or 1):
             raise NonFiniteError(
                 f'iteration {runner.iter + 1}: no step of the optimizer for {self._without_step} batches. Under '
@@ -84,18 +87,28 @@ class FiniteGuard(Hook):
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         device = next(p.device for group in optimizer.param_groups for p in group['params'])
-        suspect, stop = agree([_norm_overflows(optimizer), self.told_to_stop], device)
+        # A fused optimizer is called for a step that the loss scaler skips, and does the skipping itself.
+        skips: Any = getattr(optimizer, 'found_inf', None)
+        flags = [
+            _norm_overflows(optimizer),
+            _losses_nonfinite(self._batches, device),
+            False if skips is None else skips != 0,
+        ]
+        suspect, lost, skipped, stop = agree([*flags, self.told_to_stop], device)
         self.stopping = self.stopping or stop
+        if skipped:
+            return
         self._without_step = -1  # this batch is no such
-        if suspect and agree([_any_nonfinite(optimizer)], device)[0]:
-            raise NonFiniteError(self._report(optimizer))
+        broken = suspect and agree([_any_nonfinite(optimizer)], device)[0]
+        if broken or lost:
+            raise NonFiniteError(self._report(optimizer, 'gradient' if broken else 'loss'))
 
-    def _report(self, optimizer: torch.optim.Optimizer) -> str:
+    def _report(self, optimizer: torch.optim.Optimizer, what: str) -> str:
         """What this process knows of it."""
         runner = self._runner
         several = runner.world_size > 1
         lines = [
-            f'iteration {runner.iter + 1}{f", process {runner.rank}" if several else ""}: a gradient is NaN or '
+            f'iteration {runner.iter + 1}{f", process {runner.rank}" if several else ""}: a {what} is NaN or '
             'infinite. The optimizer did not step; the last checkpoint is good.'
         ]
         at_fault = [(losses, images) for losses, images in self._batches if any(_nonfinite(losses))]
@@ -110,7 +123,8 @@ class FiniteGuard(Hook):
             for parameter in _parameters(optimizer)
             if not torch.isfinite(_gradient(parameter)).all()
         ]
-        lines.append(f'  gradients: {some(broken)}')
+        if broken:
+            lines.append(f'  gradients: {some(broken)}')
         lines.append(
             'Common causes: the learning rate (linear rule: auto_scale_lr), no warm-up, float16 (--amp bf16 or off), '
             'wrong boxes or labels (python tools/check_data.py CONFIG). optim_wrapper.clip_grad bounds gradients.'
@@ -227,6 +241,14 @@ def _norm_overflows(optimizer: torch.optim.Optimizer) -> Tensor | bool:
 
 def _any_nonfinite(optimizer: torch.optim.Optimizer) -> bool:
     return any(not bool(torch.isfinite(_gradient(parameter)).all()) for parameter in _parameters(optimizer))
+
+
+def _losses_nonfinite(batches: Iterable[tuple[Mapping[str, Any], list[str]]], device: torch.device) -> Tensor | bool:
+    """Whether a term of the losses that were added up is not finite; other outputs, such as accuracies, may be."""
+    terms = [part for losses, _ in batches for name, parts in losses.items() if 'loss' in name for part in parts]
+    if not terms:
+        return False
+    return ~torch.isfinite(torch.cat([term.to(device, torch.float32).flatten() for term in terms])).all()
 
 
 def _detached(losses: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from torch.utils.data import DataLoader
 
 from densekit.data.loader import run_loader, worker_errors
-from densekit.data.sampling import KeyedBatches, seed_everything
+from densekit.data.sampling import KeyedBatches, NamedSamples, seed_everything
 
 # Keeps the random numbers of a step apart from those of a sample, which have another number of integers.
 _STEP = 1
@@ -33,6 +33,12 @@ def _start_at(dataloader: DataLoader, epoch: int, batch: int) -> None:
             'a run can go on from the middle of an epoch only with a data set that has an index and a batch size; '
             'resume from a checkpoint of the end of an epoch'
         )
+
+
+def _tell_lost(dataloader: DataLoader) -> None:
+    """Says how many samples came to nothing in the pass that ends here."""
+    if isinstance(dataloader.dataset, NamedSamples):
+        dataloader.dataset.tell_lost()
 
 
 def _validate(loop: Any, at: int, end: int) -> None:
@@ -80,6 +86,7 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
         if begun < len(self.dataloader):
             for idx, data_batch in enumerate(self.dataloader, begun):
                 self.run_iter(idx, data_batch)
+        _tell_lost(self.dataloader)
         self.runner.call_hook('after_train_epoch')
         self._epoch += 1
 
@@ -113,6 +120,8 @@ class ResumableIterLoop(IterBasedTrainLoop):
         while self._iter < self._max_iters and not self.stop_training:
             self.runner.model.train()
             self.run_iter(next(self.dataloader_iterator))
+            if self._iter % max(len(self.dataloader), 1) == 0:
+                _tell_lost(self.dataloader)
             _validate(self, self._iter, self._max_iters)
         self.runner.call_hook('after_train_epoch')
         self.runner.call_hook('after_train')

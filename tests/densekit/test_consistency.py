@@ -4,6 +4,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from torch import nn
 
 from densekit.engine.consistency import check_channels, check_classes
 
@@ -25,6 +26,41 @@ def test_what_fits_passes(cfg):
     check_channels(model)
     check_classes(model, SHAPES if 'roi_head' in cfg.model else ('background', *SHAPES), 'train')
     check_classes(model, None, 'train')
+
+
+def model_of(**parts):
+    """A module whose attributes are modules, or numbers, by their name."""
+    model = nn.Module()
+    for name, part in parts.items():
+        setattr(model, name, part)
+    return model
+
+
+def test_heads_of_boxes_know_things_only():
+    heads = model_of(bbox_head=model_of(num_classes=3))
+    panoptic = model_of(roi_head=heads, panoptic_fusion_head=model_of(num_things_classes=3, num_stuff_classes=2))
+    check_classes(panoptic, SHAPES, 'train')
+    check_classes(panoptic, SHAPES[:3], 'val')  # a data set of instances
+    for model, classes in ((panoptic, SHAPES[:4]), (model_of(roi_head=heads), SHAPES)):
+        with pytest.raises(ValueError, match=r'model\.roi_head\.bbox_head 3'):
+            check_classes(model, classes, 'train')
+
+
+def test_heads_of_models_that_read_class_names_fit_any():
+    reader = model_of(bbox_head=model_of(num_classes=256), language_model=nn.Identity())
+    check_classes(reader, SHAPES, 'train')
+    check_classes(model_of(detector=reader), SHAPES, 'train')
+    with pytest.raises(ValueError, match=r'model\.bbox_head 256'):
+        check_classes(model_of(bbox_head=reader.bbox_head, detector=reader), SHAPES, 'train')
+
+
+def test_heads_of_edges_fit_any():
+    class STDCHead(nn.Module):
+        num_classes = 2
+
+    check_classes(model_of(auxiliary_head=nn.ModuleList([STDCHead()])), SHAPES, 'train')
+    with pytest.raises(ValueError, match=r'model\.auxiliary_head\.0 2'):
+        check_classes(model_of(auxiliary_head=nn.ModuleList([model_of(num_classes=2)])), SHAPES, 'train')
 
 
 def test_a_backbone_of_another_size(cfg):

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,18 @@ import pytest
 from mmengine.config import Config
 from PIL import Image
 
+import densekit.ops
+
+# isort: split
+from mmdet.datasets import CocoDataset
+from mmengine.registry import DATASETS
+
 import densekit.data  # noqa: F401
+from densekit.data import checks
 from densekit.data.checks import check_data, inspect_data
 from densekit.data.coco_file import judge
 from densekit.data.faults import COCO_KINDS, describe, raise_for
+from densekit.data.locate import leaves
 from densekit.data.shapes import CLASSES, generate_shapes, mask_to_rle
 
 SAMPLES = os.environ.get('DENSEKIT_SAMPLES')
@@ -493,7 +502,9 @@ def panoptic(s: Set) -> None:
     maps.mkdir()
     for image in s.content['images']:
         (maps / image['file_name']).with_suffix('.png').touch()
-    s.dataset.update(type='CocoPanopticDataset', pipeline=[dict(type='LoadPanopticAnnotations', with_mask=True)])
+    s.dataset.update(
+        type='CocoPanopticDataset', pipeline=[LOAD[0], dict(type='LoadPanopticAnnotations', with_mask=True)]
+    )
     s.dataset['metainfo'] = dict(classes=CLASSES, thing_classes=CLASSES[:2], stuff_classes=CLASSES[2:])
 
 
@@ -546,6 +557,87 @@ def test_what_cannot_be_checked_is_said(tmp_path):
     assert [report.faults for report in reports] == [[], [], []]
     said = [report.remarks[0] for report in reports]
     assert 'of type VOCDataset' in said[0] and 'remote' in said[1] and 'generated on first use' in said[2]
+
+
+@DATASETS.register_module()
+class RenamingDataset(CocoDataset):
+    """Images are in another folder than the annotations say."""
+
+    def parse_data_info(self, raw_data_info):
+        image = raw_data_info['raw_img_info']
+        return super().parse_data_info(dict(raw_data_info, raw_img_info=dict(image, file_name=image['file_name'][4:])))
+
+
+@DATASETS.register_module()
+class KeptNamesDataset(CocoDataset):
+    """Of another name, and of the same files."""
+
+
+def remarks(data) -> list[str]:
+    dataset = dict(data.dataset, ann_file=str(data.file), data_prefix=dict(img=str(data.images)))
+    reports = inspect_data(Config(dict(default_scope='mmdet', train_dataloader=dict(dataset=dataset))), ('train',))
+    return [remark for report in reports for remark in report.remarks]
+
+
+def test_files_that_the_data_set_names_otherwise_are_not_looked_for(data):
+    for image in data.content['images']:
+        image['file_name'] = 'old/' + image['file_name']
+    assert {found.kind for found in data.check()} == {'image-missing'}
+    data.dataset['type'] = 'KeptNamesDataset'
+    assert {found.kind for found in data.check()} == {'image-missing'}
+    for kind, method in (('RenamingDataset', 'parse_data_info'), ('Objects365V2Dataset', 'load_data_list')):
+        data.dataset['type'] = kind
+        assert data.check() == []
+        assert any(f'images not looked for: {kind}.{method}' in said for said in remarks(data))
+
+
+def test_files_that_are_read_otherwise_are_not_opened(data):
+    for path in data.own_images().iterdir():
+        path.write_bytes(b'of a kind of its own')
+    assert {found.kind for found in data.check()} == {'image-unreadable'}
+    data.dataset['pipeline'] = [dict(type='LoadImageFromNDArray'), LOAD[1]]
+    assert data.check() == []
+    assert any('the pipeline reads them by LoadImageFromNDArray' in said for said in remarks(data))
+
+
+FAMILIES = [
+    'mmdet:panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py',
+    'mmdet:mm_grounding_dino/rtts/grounding_dino_swin-t_finetune_8xb4_1x_rtts.py',
+    'mmdet:mm_grounding_dino/coco/grounding_dino_swin-t_finetune_16xb4_1x_coco.py',
+    'mmdet:mm_grounding_dino/odinw/grounding_dino_swin-t_pretrain_odinw13.py',
+    'mmdet:glip/odinw/glip_atss_swin-t_a_fpn_dyhead_pretrain_odinw13.py',
+    'mmdet:mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py',
+    'mmdet:cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
+    'mmdet:soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py',
+    'mmseg:stdc/stdc1_4xb12-80k_cityscapes-512x1024.py',
+    'mmseg:pspnet/pspnet_r50-d8_4xb4-80k_ade20k-512x512.py',
+]
+
+
+@pytest.mark.parametrize('file', FAMILIES)
+def test_the_heads_of_stock_configs_fit_their_data(file):
+    package, _, path = file.partition(':')
+    cfg = Config.fromfile(Path(import_module(package).__file__).parent / '.mim/configs' / path)
+    checked = 0
+    for loop in ('train', 'val'):
+        for dataset in leaves(cfg[f'{loop}_dataloader']['dataset'], 'dataset', 'datasets'):
+            cls = checks._lookup(DATASETS, cfg, dataset['type'])
+            if checks._is_coco(cls) or hasattr(cls, 'get_label_map'):
+                checked += 1
+                assert list(checks._Dataset(cfg, loop, dataset).head_faults(cls)) == []
+    assert checked
+
+
+def test_heads_of_things_count_things(monkeypatch):
+    """The counterpart: with one class of things more, the heads of the same config do not fit."""
+    file = FAMILIES[0].partition(':')[2]
+    cfg = Config.fromfile(Path(import_module('mmdet').__file__).parent / '.mim/configs' / file)
+    cls, dataset = checks._lookup(DATASETS, cfg, 'CocoPanopticDataset'), cfg.train_dataloader.dataset
+    things = (*cls.METAINFO['thing_classes'], 'unicorn')
+    dataset.metainfo = dict(thing_classes=things)
+    found = list(checks._Dataset(cfg, 'train', dataset).head_faults(cls))
+    assert [one.id for one in found] == ['roi_head.bbox_head', 'roi_head.mask_head']
+    assert 'num_classes=80, and the train data set 81 classes of things' in found[0].text
 
 
 def test_errors_stop_a_run_and_warnings_do_not(data):

@@ -331,6 +331,19 @@ def test_beyond_the_sample_faults_show_on_demand(data, monkeypatch):
     assert data.check() == []
 
 
+@pytest.mark.parametrize('loaders', [('LoadBiomedicalImageFromFile', 'LoadBiomedicalAnnotation'), (None, 'ReadLabels')])
+def test_files_that_are_read_otherwise_are_not_opened(data, loaders):
+    data.map.write_bytes(b'of a kind of its own')
+    assert [found.kind for found in data.check()] == ['label-unreadable']
+    data.dataset['pipeline'] = [dict(type=loaders[0] or 'LoadImageFromFile'), dict(type=loaders[1])]
+    assert data.check() == []
+    (report,) = inspect_data(data.config(), ('train',))
+    assert report.counts['label maps'] == 40
+    assert 'files not opened: the pipeline' in report.remarks[0]
+    data.map.unlink()
+    assert [found.kind for found in data.check()] == ['label-missing']
+
+
 def test_counts(data):
     report = inspect_data(data.config(), ('train',), decode=True)[0]
     assert report.counts == {'images': 40, 'label maps': 40, 'decoded': 40}

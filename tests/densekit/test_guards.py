@@ -221,6 +221,84 @@ def test_steps_that_a_loss_scaler_skips_do_not_count(monkeypatch):
         iterate(float('inf'))
 
 
+def test_a_fused_step_that_the_loss_scaler_skips_does_not_count(monkeypatch):
+    """A fused optimizer is called for such a step, with ``found_inf`` told, and skips it itself."""
+    monkeypatch.setattr(guards, 'MOST_SKIPPED', 3)
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    scaler = torch.amp.GradScaler('cpu', init_scale=4.0)
+    stub = Stub(model, OptimWrapper(optimizer))
+    stub.optim_wrapper.loss_scaler = scaler
+    guard = FiniteGuard()
+    guard.before_train(stub)
+
+    def iterate(value):
+        optimizer.zero_grad()
+        scaler.scale((model.weight * value).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        guard.after_train_iter(stub, 0)
+
+    for value in [float('inf')] * 3 + [1.0] + [float('inf')] * 3:
+        before = model.weight.clone()
+        iterate(value)
+        assert torch.equal(before, model.weight) == (value != 1.0)
+    with pytest.raises(NonFiniteError, match='no step of the optimizer for 4 batches'):
+        iterate(float('inf'))
+    model.weight.grad = torch.full((1, 1), float('nan'))
+    with pytest.raises(NonFiniteError, match='a gradient is NaN'):
+        optimizer.step()  # by no scaler
+
+
+def test_a_batch_that_the_loss_scaler_skipped_has_no_part_in_the_next_step():
+    """Of two batches per step; the last step is of one batch alone."""
+    model = nn.Linear(1, 1, bias=False)
+    (optimizer,) = optimizers(model.weight)
+    wrapper = OptimWrapper(optimizer, accumulative_counts=2)
+    wrapper.initialize_count_status(model, 0, 3)
+    guard, stub = FiniteGuard(), Stub(model, wrapper)
+    guard.before_train(stub)
+    for loss in (float('nan'), float('nan'), 1.0):
+        guard._keep_losses(model, (), {'loss': torch.tensor(loss)})
+        wrapper._inner_count += 1
+        if loss == 1.0:
+            model.weight.grad = torch.ones(1, 1)
+            optimizer.step()
+        guard.after_train_iter(stub, 0)
+
+
+class Extra(Hook):
+    """Adds an output without a gradient at one iteration."""
+
+    def __init__(self, name, value):
+        self.name, self.value = name, value
+
+    def before_train(self, runner):
+        def add(module, args, output):
+            return {**output, self.name: torch.tensor(self.value)} if runner.iter == 2 else None
+
+        runner.bare_model().register_forward_hook(add, prepend=True)  # before the guard's
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_a_loss_without_a_gradient(tmp_path, value):
+    extra = Extra('loss_constant', value)
+    built = runner(tmp_path, extra)
+    with pytest.raises(NonFiniteError) as raised:
+        built.train()
+    assert built.iter == 2
+    text = str(raised.value)
+    assert text.startswith('iteration 3: a loss is NaN or infinite. The optimizer did not step')
+    assert f'losses of this process: loss_constant is {value:g}' in text
+    assert 'gradients:' not in text
+
+
+def test_outputs_that_are_no_losses_may_be_anything(tmp_path):
+    built = runner(tmp_path, Extra('accuracy', float('nan')))
+    built.train()
+    assert built.iter == 6
+
+
 def test_flags_of_one_process():
     assert agree([True, torch.tensor(False)], torch.device('cpu')) == [True, False]
 

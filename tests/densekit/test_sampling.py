@@ -1,12 +1,19 @@
 """What a sample becomes depends on seed, epoch and index alone."""
 
+import itertools
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
-from mmengine.dataset import BaseDataset, DefaultSampler, InfiniteSampler, pseudo_collate, worker_init_fn
-from torch.utils.data import BatchSampler, DataLoader
+
+import densekit.ops  # noqa: F401
+
+# isort: split
+from mmdet.datasets.samplers import MultiSourceSampler
+from mmengine.dataset import BaseDataset, ConcatDataset, DefaultSampler, InfiniteSampler, pseudo_collate, worker_init_fn
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from densekit.data import sampling
 from densekit.data.loader import RunLoader, WorkerError, run_loader
@@ -127,6 +134,115 @@ def test_an_endless_run_of_a_finite_sampler():
     assert take(later, total - SIZE // BATCH - 1) == whole[SIZE // BATCH + 1 :]
     orders = [[n for n, _ in map_batches(whole[i : i + SIZE // BATCH])] for i in range(0, total, SIZE // BATCH)]
     assert len({tuple(order) for order in orders}) == 3
+
+
+class Sources(Sampler):
+    """Endless, of two sources in turn, as mmdet's MultiSourceSampler."""
+
+    def __iter__(self):
+        order = torch.Generator().manual_seed(7)
+        while True:
+            yield from torch.randperm(SIZE, generator=order).tolist()[: SIZE // 2]
+
+    def __len__(self):
+        return SIZE
+
+
+def test_an_endless_sampler_of_another_kind_starts_anywhere():
+    total = 3 * SIZE // BATCH
+    whole = take(loader(endless=True, sampler=Sources()), total)
+    for begin in (1, SIZE // BATCH, 2 * SIZE // BATCH + 1):
+        later = loader(endless=True, sampler=Sources())
+        later.batch_sampler.start_at(0, begin)
+        assert take(later, total - begin) == whole[begin:]
+    drawn = list(map_batches(whole))
+    assert len({values for _, values in drawn}) == len(drawn)
+
+
+def test_mmdets_sources_start_anywhere():
+    def stream(begin=0):
+        sampler = MultiSourceSampler(ConcatDataset([Noisy(), Noisy()]), 4, [1, 3], seed=3)
+        batches = KeyedBatches(BatchSampler(sampler, 4, drop_last=False), endless=True)
+        batches.start_at(0, begin)
+        return itertools.islice(batches, 20 - begin)
+
+    whole = list(stream())
+    for begin in (5, 6, 11):
+        assert list(stream(begin)) == whole[begin:]
+
+
+def test_a_sampler_without_batches_is_no_endless_wait():
+    for batches in (BatchSampler([], BATCH, drop_last=False), BatchSampler([1], BATCH, drop_last=True)):
+        with pytest.raises(ValueError, match='the sampler gives no batch'):
+            next(iter(KeyedBatches(batches, endless=True)))
+
+
+class Frames:
+    """Its samples have two indices, as those of mmdet's videos."""
+
+    def __getitem__(self, index):
+        assert isinstance(index, tuple)
+        return index, (random.random(), np.random.rand(), torch.rand(()).item())
+
+    def __len__(self):
+        return 2
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_samples_of_two_indices(workers):
+    indices = [(video, frame) for video in range(2) for frame in range(3)]
+
+    def samples():
+        built = loader(workers=workers, dataset=Frames(), sampler=indices)
+        return [sample for batch in built for sample in zip(*batch[1], strict=True)]
+
+    first = samples()
+    assert first == samples()
+    assert len({tuple(map(float, values)) for values in first}) == len(indices)
+
+
+def test_errors_of_samples_of_two_indices():
+    with pytest.raises(SampleError, match=r'^sample \(1, 2\) cannot be used: TypeError'):
+        NamedSamples(Division(), 0)[SampleKey((1, 2), 0, 0)]
+
+
+class Sifted(Noisy):
+    """Of samples below a number nothing is left."""
+
+    def __init__(self, lost):
+        self.lost = lost
+        super().__init__()
+
+    def draw(self, results):
+        return None if results['number'] < self.lost else super().draw(results)
+
+
+def told(built, monkeypatch):
+    """What is logged of an epoch."""
+    lines = []
+    monkeypatch.setattr(sampling, 'print_log', lambda text, *args: lines.append(text))
+    list(built)
+    built.dataset.tell_lost()
+    return lines
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('wrap', [lambda dataset: dataset, lambda dataset: ConcatDataset([dataset, Noisy()])])
+def test_samples_that_come_to_nothing_are_counted(monkeypatch, workers, wrap):
+    dataset = wrap(Sifted(2))
+    built = loader(workers=workers, dataset=dataset, persistent=workers > 0)
+    for number in range(2):  # each counted anew
+        built.batch_sampler.start_at(number, 0)
+        (text,) = told(built, monkeypatch)
+        lost, prepared = map(int, re.match(r'(\d+) of (\d+) samples came to nothing', text).groups())
+        assert lost >= 2 and prepared == len(dataset) + lost  # those put in their place may be lost as well
+    assert told(loader(workers=workers), monkeypatch) == []
+
+
+def test_most_of_the_data_lost_is_an_error(monkeypatch):
+    with pytest.raises(SampleError, match=r'^\d+ of \d+ samples came to nothing .* which transform'):
+        told(loader(dataset=Sifted(10)), monkeypatch)
+    assert len(told(loader(dataset=Sifted(3)), monkeypatch)) == 1
 
 
 class Twice:
