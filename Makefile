@@ -25,8 +25,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two at a time, a file of tests in one process; a thread each.
 test: lint
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 # Real photographs: DENSEKIT_SAMPLES names the folder that holds them (see CONTRIBUTING.md).
 test-slow: $(STAMP)
