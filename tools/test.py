@@ -11,7 +11,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(usage='%(prog)s CONFIG CHECKPOINT [options]', description=__doc__)
     parser.add_argument('config', help='config file that the checkpoint was trained with')
     parser.add_argument('checkpoint', help='.pth file of the whole model')
-    parser.add_argument('--tta', action='store_true', help='several scales and flips (segmentation)')
+    parser.add_argument('--tta', action='store_true', help='several scales and flips')
     parser.add_argument('--out', metavar='FILE', help='write the metrics as JSON, those of each class as well')
     parser.add_argument(
         '--results', metavar='DIR', help="write what was found, for COCO's or ADE20K's test server, besides scoring it"

@@ -2,7 +2,14 @@
 
 # densekit.ops does nothing where mmcv has its compiled ops.
 custom_imports = dict(
-    imports=['densekit.ops', 'backbones', 'densekit.engine', 'densekit.data', 'densekit.evaluation'],
+    imports=[
+        'densekit.ops',
+        'backbones',
+        'densekit.engine',
+        'densekit.models.slide',
+        'densekit.data',
+        'densekit.evaluation',
+    ],
     allow_failed_imports=False,
 )
 runner_type = 'DensekitRunner'

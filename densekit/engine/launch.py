@@ -103,7 +103,7 @@ def test(
     Args:
         config: path of the config file.
         checkpoint: of a whole model.
-        tta: test at several scales and flipped (segmentation).
+        tta: test at several scales and flipped.
         out: JSON file for the metrics, those of each class as well.
         results: folder for files of the results: detections for COCO's test server, label maps for ADE20K's.
         format_only: the same, and nothing is scored; for a test set without ground truth.
@@ -190,8 +190,8 @@ def _use_tta(cfg: Config) -> None:
     """Wraps the model for test-time augmentation, as mmseg's own test tool does."""
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
         raise ValueError(
-            '--tta: this config has no tta_model and tta_pipeline. The segmentation recipes have; for detectors with '
-            'masks the stack has no test-time augmentation.'
+            '--tta: this config has no tta_model and tta_pipeline. The recipes of Mask R-CNN, Cascade Mask R-CNN and '
+            'UperNet have; copy theirs.'
         )
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)

@@ -4,3 +4,4 @@ from densekit.models.exact import ExactRoIExtractor as ExactRoIExtractor
 from densekit.models.exact import ExactRPNHead as ExactRPNHead
 from densekit.models.mask_head import RleMaskHead as RleMaskHead
 from densekit.models.mask_head import RleMasksHook as RleMasksHook
+from densekit.models.tta import MaskTTAModel as MaskTTAModel

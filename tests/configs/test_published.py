@@ -89,6 +89,14 @@ OTHERWISE_DETECTION = {
     **{f'{loop}_dataloader.num_workers': 'JPEG decoding keeps two busy' for loop in ('train', 'val', 'test')},
     'model.roi_head.mask_head.type': 'can give run lengths, to the pixel the same',
     'default_hooks.masks.type': 'has it do so',
+    'tta_model.type': 'mmdet has none for masks',
+    **{
+        f'tta_pipeline.*.{key}': 'mmdet has none for masks'
+        for key in (
+            *('type', 'backend_args', 'transforms.*.*.type', 'transforms.*.*.scale.*', 'transforms.*.*.keep_ratio'),
+            *('transforms.*.*.prob', 'transforms.*.*.with_bbox', 'transforms.*.*.with_mask'),
+        )
+    },
     **{f'{loop}_evaluator.type': 'equal figures in full digits, sooner' for loop in ('val', 'test')},
     **{
         f'{loop}_evaluator.proposal_nums.*': "COCO's own limits, with which all twelve figures differ"

@@ -141,8 +141,11 @@ class Fault(Hook):
         elif self.kind == 'term agent':
             os.kill(os.getppid(), signal.SIGTERM)
             time.sleep(0.5)
-        elif self.kind in ('term group', 'int'):
-            os.killpg(0, signal.SIGTERM if self.kind == 'term group' else signal.SIGINT)
+        elif self.kind == 'term group':
+            os.killpg(0, signal.SIGTERM)
+        elif self.kind == 'int':
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+            os.killpg(0, signal.SIGINT)
         elif self.kind == 'term twice':
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(2.2)

@@ -118,7 +118,7 @@ def config(folder, base, text=''):
     (folder / 'note_rank.py').write_text(HOOK)
     path = folder / 'parallel.py'
     imports = ['densekit.ops', 'backbones', 'densekit.engine', 'densekit.models', 'densekit.data']
-    imports += ['densekit.evaluation', 'note_rank']
+    imports += ['densekit.evaluation', 'densekit.evaluation.coco', 'note_rank']
     path.write_text(
         f"_base_ = '{base}'\n{text}\ncustom_imports = dict(imports={imports})\ncustom_hooks = [dict(type='NoteRank')]\n"
     )

@@ -283,12 +283,15 @@ def test_generated_on_first_use_and_not_before(tmp_path):
 
 
 def test_detection_samples(root):
+    import mmdet.datasets.transforms  # noqa: F401  registers them
     from mmdet.registry import DATASETS
+    from mmengine.registry import init_default_scope
 
+    init_default_scope('mmdet')
     pipeline = [
-        {'type': 'mmdet.LoadImageFromFile'},
-        {'type': 'mmdet.LoadAnnotations', 'with_bbox': True, 'with_mask': True},
-        {'type': 'mmdet.PackDetInputs'},
+        {'type': 'LoadImageFromFile'},
+        {'type': 'LoadAnnotations', 'with_bbox': True, 'with_mask': True},
+        {'type': 'PackDetInputs'},
     ]
     dataset = DATASETS.build(det_cfg(root, pipeline=pipeline, filter_cfg={'filter_empty_gt': True, 'min_size': 4}))
     assert len(dataset) == 58

@@ -84,11 +84,6 @@ def test_a_segmentor_is_scored_with_and_without_augmentation(seg, tool, tmp_path
     assert metrics[0] != metrics[1]
 
 
-def test_augmentation_is_refused_for_a_detector_with_masks(det, tool, tmp_path, capsys):
-    assert tool('test', *det, '--work-dir', tmp_path, '--tta') == 2
-    assert 'error: --tta: this config has no tta_model and tta_pipeline' in capsys.readouterr().err
-
-
 def test_a_detectors_pictures_and_results(det, tool, tiny, tmp_path):
     images = sorted((tiny.data / 'coco/val').glob('*.jpg'))[:2]
     (tmp_path / 'other').mkdir()

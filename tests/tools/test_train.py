@@ -188,8 +188,8 @@ def test_our_configs_run_under_mmdets_own_tool(tiny, command, tmp_path):
 @pytest.mark.parametrize(
     ('imports', 'safe'),
     [
-        (['backbones', 'densekit.engine.amp', 'densekit.models', 'densekit.data'], False),
-        (['backbones', 'densekit.safe_runs', 'densekit.models'], True),
+        (['backbones', 'densekit.engine.amp', 'densekit.models', 'densekit.data', 'densekit.evaluation.coco'], False),
+        (['backbones', 'densekit.safe_runs', 'densekit.models', 'densekit.evaluation.coco'], True),
     ],
 )
 def test_one_import_gives_a_users_own_config_our_runs(tiny, command, tmp_path, imports, safe):

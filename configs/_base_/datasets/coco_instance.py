@@ -1,6 +1,7 @@
 """COCO 2017 with boxes and masks, multi-scale training with crops.
 
 The augmentation is DETR's, as in Sparse R-CNN and Swin: facebookresearch/ConvNeXt at 048efce, object_detection/configs.
+Test-time augmentation (--tta) at the scales of mmdet 3.3.0, configs/retinanet/retinanet_tta.py, each plain and flipped.
 Expects data/coco/{annotations,train2017,val2017}.
 """
 
@@ -35,6 +36,18 @@ test_pipeline = [
     dict(type='Resize', scale=(1333, 800), keep_ratio=True),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+]
+tta_pipeline = [
+    dict(type='LoadImageFromFile', backend_args=backend_args),
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [dict(type='Resize', scale=scale, keep_ratio=True) for scale in ((1333, 800), (666, 400), (2000, 1200))],
+            [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
+            [dict(type='LoadAnnotations', with_bbox=True, with_mask=True)],
+            [dict(type='PackDetInputs')],
+        ],
+    ),
 ]
 
 train_dataloader = dict(

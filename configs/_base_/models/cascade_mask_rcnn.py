@@ -118,3 +118,4 @@ model = dict(
         rcnn=dict(score_thr=0.05, nms=dict(type='nms', iou_threshold=0.5), max_per_img=100, mask_thr_binary=0.5),
     ),
 )
+tta_model = dict(type='MaskTTAModel')  # merges as model.test_cfg.rcnn says
