@@ -1,5 +1,6 @@
 """What every tool does around its action; imports the standard library only, so that ``--help`` answers at once."""
 
+import argparse
 import os
 import sys
 import tempfile
@@ -72,6 +73,18 @@ def exit_status(action: Callable[[], object]) -> int:
         sys.stderr.write('\ninterrupted\n')
         return INTERRUPTED_STATUS
     return 0
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--cfg-options``, the same in every tool."""
+    parser.add_argument(
+        '--cfg-options', nargs='+', action='extend', default=[], metavar='k=v', help='change keys of the config'
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--device``, likewise."""
+    parser.add_argument('--device', metavar='D', help='such as cpu or cuda:1 (default: the first GPU if there is one)')
 
 
 def check_writable(folder: str, argument: str) -> None:

@@ -138,7 +138,7 @@ def test_a_wrong_one_would_be_found(command):
 
 def test_options_exist():
     known = ''.join(path.read_text(encoding='utf-8') for path in (ROOT / 'tools').glob('*.py'))
-    known += (ROOT / 'densekit/doctor.py').read_text(encoding='utf-8')
+    known += ''.join((ROOT / 'densekit' / name).read_text(encoding='utf-8') for name in ('cli.py', 'doctor.py'))
     named = {option for text in PAGES.values() for option in re.findall(r'`(--[a-z][a-z-]+)', text)} - OF_OTHERS
     assert {'--resume', '--ignore-zero', '--headers'} <= named
     assert [option for option in sorted(named) if f"'{option}'" not in known] == []

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from densekit.cli import exit_status
+from densekit.cli import add_cfg_options, exit_status
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -15,9 +15,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument('--number', type=int, default=64, metavar='N', help='of images (default: 64)')
     parser.add_argument('--split', choices=('train', 'val'), default='train', help='which data (default: train)')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action='extend', default=[], metavar='k=v', help='change keys of the config'
-    )
+    add_cfg_options(parser)
     return parser.parse_args(argv)
 
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from densekit.cli import exit_status
+from densekit.cli import add_cfg_options, exit_status
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -13,9 +13,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--headers', action='store_true', help='open every image, and compare its size')
     parser.add_argument('--decode', action='store_true', help='decode every image and label map (minutes)')
     parser.add_argument('--json', metavar='FILE', help='write every fault as JSON')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action='extend', default=[], metavar='k=v', help='change keys of the config'
-    )
+    add_cfg_options(parser)
     return parser.parse_args(argv)
 
 

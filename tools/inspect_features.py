@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from densekit.cli import exit_status
+from densekit.cli import add_cfg_options, add_device, exit_status
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -24,10 +24,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar=('X', 'Y'),
         help="explain this pixel's class (default the centre; segmentors)",
     )
-    parser.add_argument('--device', metavar='D', help='such as cpu or cuda:1 (default: the first GPU if there is one)')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action='extend', default=[], metavar='k=v', help='change keys of the config'
-    )
+    add_device(parser)
+    add_cfg_options(parser)
     return parser.parse_args(argv)
 
 

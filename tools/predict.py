@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from densekit.cli import exit_status
+from densekit.cli import add_cfg_options, add_device, exit_status
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -19,10 +19,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--batch-size', type=int, default=1, metavar='N', help='images of one size that the model takes at once'
     )
-    parser.add_argument('--device', metavar='D', help='such as cpu or cuda:1 (default: the first GPU if there is one)')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action='extend', default=[], metavar='k=v', help='change keys of the config'
-    )
+    add_device(parser)
+    add_cfg_options(parser)
     return parser.parse_args(argv)
 
 

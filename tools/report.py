@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from densekit.cli import exit_status
+from densekit.cli import add_device, exit_status
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -35,7 +35,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar='T',
         help='objects count as predicted in an image from this score on (default: %(default)s)',
     )
-    parser.add_argument('--device', help="such as 'cpu' or 'cuda:1' (default: the first GPU if there is one)")
+    add_device(parser)
     return parser.parse_args(argv)
 
 

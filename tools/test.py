@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from densekit.cli import exit_status
+from densekit.cli import add_cfg_options, exit_status
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -20,9 +20,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         '--format-only', metavar='DIR', help='the same without scoring, for a test set without ground truth'
     )
     parser.add_argument('--work-dir', metavar='D', help='logs (default: work_dirs/NAME OF THE CONFIG)')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action='extend', default=[], metavar='k=v', help='change keys of the config'
-    )
+    add_cfg_options(parser)
     return parser.parse_args(argv)
 
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from densekit.cli import exit_status
+from densekit.cli import add_cfg_options, exit_status
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -41,9 +41,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         action='store_true',
         help='build and check all that training needs, show it in tables, stop; status 1 if it contradicts itself',
     )
-    parser.add_argument(
-        '--cfg-options', nargs='+', action='extend', default=[], metavar='k=v', help='change keys of the config'
-    )
+    add_cfg_options(parser)
     return parser.parse_args(argv)
 
 

@@ -30,7 +30,7 @@ _PANOPTIC = ('CocoPanopticDataset', 'CocoPanopticMetric')
 # Data sets that read the very files their annotations name, and loaders that read files as these checks do.
 _READ_AS_THEY_ARE = ('CocoDataset', 'CocoPanopticDataset', *GENERATED)
 _IMAGE_LOADER, _LABEL_LOADER = 'LoadImageFromFile', 'LoadAnnotations'
-_HEADS = re.compile(r'(?:^|\.)(?:bbox_head|mask_head|decode_head|auxiliary_head)(?:\.\d+)?$')
+HEADS = re.compile(r'(?:^|\.)(?:bbox_head|mask_head|decode_head|auxiliary_head)(?:\.\d+)?$')
 
 
 @dataclass
@@ -375,7 +375,7 @@ def _heads(node: Any, path: str) -> Iterator[tuple[str, Mapping]]:
         # Heads that have a place per word, or tell edges from the rest, whatever the number of classes.
         if node.get('language_model') or type_name(node) == 'STDCHead':
             return
-        if _HEADS.search(path) and 'type' in node:
+        if HEADS.search(path) and 'type' in node:
             yield path, node
         children = list(node.items())
     elif isinstance(node, list | tuple):

@@ -113,7 +113,6 @@ def run_loader(loader: DataLoader, seed: int | None, *, batches: Any = None) -> 
     """
     if loader.batch_sampler is None:
         return loader
-    inner = loader.dataset.inner if isinstance(loader.dataset, NamedSamples) else loader.dataset
     workers = loader.num_workers
     options: dict[str, Any] = {}
     if workers:
@@ -125,7 +124,7 @@ def run_loader(loader: DataLoader, seed: int | None, *, batches: Any = None) -> 
             'worker_init_fn': _WorkerStart(loader.worker_init_fn),
         }
     return RunLoader(
-        NamedSamples(inner, seed or 0, workers),
+        NamedSamples(loader.dataset, seed or 0, workers),
         batch_sampler=batches or loader.batch_sampler,
         num_workers=workers,
         collate_fn=loader.collate_fn,
@@ -142,8 +141,8 @@ class _WorkerStart:
         then: what mmengine has a worker do first.
     """
 
-    def __init__(self, then: Any) -> None:
-        self.then: Callable[[int], None] | None = then.then if isinstance(then, _WorkerStart) else then
+    def __init__(self, then: Callable[[int], None] | None) -> None:
+        self.then = then
 
     def __call__(self, worker: int) -> None:
         if sys.platform == 'linux':

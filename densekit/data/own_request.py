@@ -11,7 +11,7 @@ import numpy as np
 from mmengine.config import Config
 
 from densekit.cli import check_writable
-from densekit.data.check_command import ProgressBar
+from densekit.report.progress import ProgressBar
 from densekit.data.checks import Report, inspect_data
 from densekit.data.faults import Fault, describe
 from densekit.data.own_recipe import BASES, SIZES, Recipe

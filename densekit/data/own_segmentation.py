@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from densekit.data.check_command import ProgressBar
+from densekit.report.progress import ProgressBar
 from densekit.data.checks import Report
 from densekit.data.describe import class_table, images_by_class, map_picture, palette
 from densekit.data.own_coco import choose

@@ -46,26 +46,28 @@ class SampleError(ValueError):
 
 def seed_everything(*entropy: int) -> None:
     """Seeds Python's, NumPy's and torch's global generators, those of CUDA included, from any number of integers."""
-    state = np.random.SeedSequence(entropy).generate_state(4)
-    random.seed(int(state[0]) << 32 | int(state[1]))
-    np.random.seed(state)
-    torch.manual_seed((int(state[2]) << 32 | int(state[3])) >> 1)
+    torch.manual_seed(_seed_all_but_torch(entropy))
 
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
     """Seeds the generators of the CPU within this context and puts them back as they were."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    state = np.random.SeedSequence(entropy).generate_state(4)
-    random.seed(int(state[0]) << 32 | int(state[1]))
-    np.random.seed(state)
-    torch.default_generator.manual_seed((int(state[2]) << 32 | int(state[3])) >> 1)
+    torch.default_generator.manual_seed(_seed_all_but_torch(entropy))
     try:
         yield
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
         torch.set_rng_state(before[2])
+
+
+def _seed_all_but_torch(entropy: tuple[int, ...]) -> int:
+    """Seeds Python's and NumPy's generators, and returns the seed for torch's."""
+    state = np.random.SeedSequence(entropy).generate_state(4)
+    random.seed(int(state[0]) << 32 | int(state[1]))
+    np.random.seed(state)
+    return (int(state[2]) << 32 | int(state[3])) >> 1
 
 
 class NamedSamples(Dataset):

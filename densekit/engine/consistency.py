@@ -1,12 +1,11 @@
 """Whether the parts of a model, and the model and its data, fit together: found before the first step."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-_HEADS = re.compile(r'(?:^|\.)(?:bbox_head|mask_head|decode_head|auxiliary_head)(?:\.\d+)?$')
+from densekit.data.checks import HEADS
 
 
 def check_channels(model: Any) -> None:
@@ -60,7 +59,7 @@ def check_classes(model: nn.Module, classes: Sequence[str] | None, where: str) -
     misfits = {
         name: head.num_classes
         for name, head in model.named_modules()
-        if _HEADS.search(name)
+        if HEADS.search(name)
         and isinstance(getattr(head, 'num_classes', None), int)
         and not getattr(head, 'class_agnostic', False)
         and head.num_classes not in (len(classes), len(classes) - stuff)  # heads of boxes know things only

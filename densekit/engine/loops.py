@@ -5,7 +5,7 @@ from typing import Any
 
 from mmengine.dist import get_rank
 from mmengine.registry import LOOPS
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
 from densekit.data.loader import run_loader, worker_errors
@@ -18,7 +18,7 @@ _STEP = 1
 def _built(runner: Any, dataloader: DataLoader | dict, endless: bool) -> DataLoader:
     """The loader as mmengine builds it, reproducible."""
     diff_rank_seed = runner._randomness_cfg.get('diff_rank_seed', False)
-    built: DataLoader = runner.build_dataloader(dataloader, seed=runner.seed, diff_rank_seed=diff_rank_seed)
+    built = Runner.build_dataloader(dataloader, runner.seed, diff_rank_seed)
     if built.batch_sampler is None:
         return built
     return run_loader(built, runner.seed, batches=KeyedBatches(built.batch_sampler, endless))

@@ -105,41 +105,6 @@ def gathered(state: Any) -> Any:
     return whole if dist.get_rank() == 0 else type(whole)()
 
 
-def full_model_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a sharded model as that of an unsharded one: names, order and dtypes are equal.
-
-    Collective; complete in the first process, empty in the others. See :func:`gathered`.
-    """
-    return gathered(model.state_dict(keep_vars=True))  # shared parameters are one object so, and stay shared
-
-
-def load_full_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads whole tensors, or parts as :func:`densekit.engine.sharded_files.load_sharded` gives them.
-
-    Each process cuts its part out of what it has read itself. That needs no communication, and so nobody waits for a
-    process that could not read the file. ``model.load_state_dict(state)`` is the same.
-
-    Args:
-        model: sharded or not.
-        state: of the whole model, in every process.
-
-    Raises:
-        RuntimeError: if names or shapes are not the model's.
-    """
-    model.load_state_dict(state)
-
-
-def full_optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """``optimizer.state_dict()`` as it would be without sharding.
-
-    Collective; complete in the first process, empty in the others. See :func:`gathered`.
-
-    Args:
-        optimizer: torch's, or mmengine's wrapper of one.
-    """
-    return gathered(optimizer.state_dict())
-
-
 def load_full_optimizer_state(optimizer: Any, state: Mapping[str, Any]) -> None:
     """Loads what an unsharded optimizer's ``state_dict()`` has; each process keeps its part.
 

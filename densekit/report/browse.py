@@ -15,12 +15,12 @@ from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from mmengine.runner import Runner
 
 from densekit.cli import check_writable, user_errors
-from densekit.data.check_command import ProgressBar
 from densekit.data.locate import check_dataset_files
 from densekit.data.sampling import KeyedBatches, NamedSamples, SampleKey
 from densekit.engine.config import load_config
 from densekit.predictor import colours_for
 from densekit.report.pictures import GREY, draw_instances, draw_label_map, hatch, save_png
+from densekit.report.progress import ProgressBar
 from densekit.report.sheets import contact_sheet
 
 SPLITS = ('train', 'val')

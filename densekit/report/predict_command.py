@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from densekit.cli import UserError, check_writable, user_errors
-from densekit.data.check_command import ProgressBar
 from densekit.predictor import Detections, Predictor, draw
 from densekit.report import video
 from densekit.report.coco_results import CocoResults
 from densekit.report.pictures import read_image, save_png
+from densekit.report.progress import ProgressBar
 
 IMAGE_SUFFIXES = frozenset({'.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp'})
 

@@ -262,8 +262,10 @@ def test_a_batch_that_the_loss_scaler_skipped_has_no_part_in_the_next_step():
         guard._keep_losses(model, (), {'loss': torch.tensor(loss)})
         wrapper._inner_count += 1
         if loss == 1.0:
+            before = model.weight.detach().clone()
             model.weight.grad = torch.ones(1, 1)
             optimizer.step()
+            assert not torch.equal(before, model.weight)
         guard.after_train_iter(stub, 0)
 
 

@@ -25,10 +25,7 @@ from densekit.cli import RunStopped
 from densekit.engine import sharded_files, store
 from densekit.engine.sharded_files import load_sharded, merge, outline, save_sharded
 from densekit.engine.sharding import (
-    full_model_state,
-    full_optimizer_state,
     gathered,
-    load_full_model_state,
     load_full_optimizer_state,
     shard,
 )
@@ -84,7 +81,7 @@ def content_of(model, optimizer):
 
 def load(folder, model, optimizer):
     content = load_sharded(folder, model, optimizer)
-    load_full_model_state(model, content['state_dict'])
+    model.load_state_dict(content['state_dict'])
     load_full_optimizer_state(optimizer, content['optimizer'])
     return content
 
@@ -151,8 +148,8 @@ def one_process(rank, work, port):
         'cut': [sum(isinstance(v, DTensor) for v in loaded[key].values()) for key in ('state_dict', 'ema_state_dict')],
         'parameters': len(list(other.parameters())),
         'loaded': gathered(loaded),
-        'model': full_model_state(other),
-        'optimizer': full_optimizer_state(other_optimizer),
+        'model': gathered(other.state_dict(keep_vars=True)),
+        'optimizer': gathered(other_optimizer.state_dict()),
     }
     plain = net(2)
     plain_optimizer = optimizer_of(plain)

@@ -25,10 +25,7 @@ from mmengine.optim import OptimWrapper
 from backbones import ConvNeXt
 from densekit.engine import sharding
 from densekit.engine.sharding import (
-    full_model_state,
-    full_optimizer_state,
     gathered,
-    load_full_model_state,
     load_full_optimizer_state,
     shard,
 )
@@ -123,20 +120,20 @@ def steps_of_a_net():
     optimizer = optimizer_of(sharded)
     averaged = ExponentialMovingAverage(sharded, momentum=0.1)
     train(sharded, optimizer, range(3), averaged=averaged)
-    from_sharded = full_model_state(sharded), full_optimizer_state(optimizer)
+    from_sharded = gathered(sharded.state_dict(keep_vars=True)), gathered(optimizer.state_dict())
     noted |= {'fsdp 3': from_sharded, 'fsdp average': gathered(averaged.state_dict())}
     hook = EMAHook()
     hook.src_model, hook.ema_model = sharded, averaged
     hook._swap_ema_parameters()  # as it does for the time of a validation
-    noted['swapped'] = full_model_state(sharded)
+    noted['swapped'] = gathered(sharded.state_dict(keep_vars=True))
 
     resumed = shard(net(seed=7))
     optimizer = optimizer_of(resumed)
-    load_full_model_state(resumed, three[0])
+    resumed.load_state_dict(three[0])
     load_full_optimizer_state(optimizer, copy.deepcopy(three[1]))
-    noted['ddp to fsdp'] = full_model_state(resumed), full_optimizer_state(optimizer)
+    noted['ddp to fsdp'] = gathered(resumed.state_dict(keep_vars=True)), gathered(optimizer.state_dict())
     train(resumed, optimizer, [3])
-    noted['ddp to fsdp 4'] = full_model_state(resumed), full_optimizer_state(optimizer)
+    noted['ddp to fsdp 4'] = gathered(resumed.state_dict(keep_vars=True)), gathered(optimizer.state_dict())
     averaged.module.load_state_dict(three[0])
     noted['average loads whole tensors'] = gathered(averaged.module.state_dict())
     return noted
@@ -160,7 +157,7 @@ def accumulated_steps():
             with wrapper.optim_context(model):
                 loss = loss_of(model, step)
             wrapper.update_params(loss)
-        noted[kind] = full_optimizer_state(wrapper)
+        noted[kind] = gathered(wrapper.state_dict())
     return noted
 
 
@@ -182,8 +179,8 @@ def differing_weights():
     """What becomes of models that differ between the processes, with our order and with torch's function alone."""
     ours, torchs = shard(net(seed=dist.get_rank())), fully_shard(net(seed=dist.get_rank()))
     noted = {
-        'broadcast': full_model_state(ours),
-        'not broadcast': full_model_state(torchs),
+        'broadcast': gathered(ours.state_dict(keep_vars=True)),
+        'not broadcast': gathered(torchs.state_dict(keep_vars=True)),
         'first': net().state_dict(),
     }
     with torch.no_grad():
@@ -218,8 +215,8 @@ def steps_of_the_recipe():
         noted[kind] = {
             'logs': logs,
             'lrs': [(group['lr'], group['param_names']) for group in wrapper.optimizer.param_groups],
-            'model': full_model_state(getattr(model, 'module', model)),
-            'optimizer': full_optimizer_state(wrapper),
+            'model': gathered(getattr(model, 'module', model).state_dict(keep_vars=True)),
+            'optimizer': gathered(wrapper.state_dict()),
         }
         if kind == 'fsdp bfloat16':
             noted['cut behind validation'] = behind_validation(model, batch)
@@ -322,7 +319,7 @@ def test_a_single_process_takes_the_state(noted):
     model = net(seed=9)
     optimizer = optimizer_of(model)
     weights, state = noted['steps_of_a_net']['fsdp 3']
-    load_full_model_state(model, weights)
+    model.load_state_dict(weights)
     load_full_optimizer_state(optimizer, state)
     assert_same(dict(model.state_dict()), weights)
     assert_same(optimizer.state_dict(), state)

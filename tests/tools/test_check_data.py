@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from densekit.data.check_command import ProgressBar
+from densekit.report.progress import ProgressBar
 
 pytestmark = pytest.mark.usefixtures('quick_mmengine')
 

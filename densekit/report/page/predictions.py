@@ -15,11 +15,11 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 
 from backbones.files import read_checkpoint
-from densekit.data.check_command import ProgressBar
 from densekit.engine.config import load_config
 from densekit.engine.runner import DensekitRunner
 from densekit.engine.weights import fitting_weights
 from densekit.report.page.run_folder import Run
+from densekit.report.progress import ProgressBar
 
 FOLDER = 'report'  # in the work folder
 FACTS, DETECTIONS, LABEL_MAPS = 'predictions.json', 'detections.json', 'label_maps'
