@@ -40,7 +40,8 @@ def test_make_targets_exist():
 
 
 def test_options_exist():
-    known = ''.join(path.read_text(encoding='utf-8') for path in (ROOT / 'tools').glob('*.py'))
+    sources = [*(ROOT / 'tools').glob('*.py'), ROOT / 'densekit' / 'cli.py']
+    known = ''.join(path.read_text(encoding='utf-8') for path in sources)
     commands = re.findall(r'tools/\w+\.py[^`\n]*', README)
     options = {option for command in commands for option in re.findall(r'(--[a-z][a-z-]+)', command)}
     options |= set(re.findall(r'`(--[a-z][a-z-]+)', README)) - {'--no-build-isolation'}
