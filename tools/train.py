@@ -35,6 +35,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--shard', action='store_true', help='cut model and optimizer among the processes (FSDP2), for L, XL and H'
     )
+    parser.add_argument(
+        '--log',
+        action='append',
+        default=[],
+        choices=('tensorboard', 'wandb'),
+        help='send losses and scores there as well; may be given twice',
+    )
     parser.add_argument('--amp', choices=('bf16', 'fp16', 'off'), help='precision (default: as in the config)')
     parser.add_argument(
         '--dry-run',
@@ -62,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 dry_run=args.dry_run,
                 allow_changed=args.allow_changed,
                 shard=args.shard,
+                log=args.log,
                 options=args.cfg_options,
             )
         )

@@ -74,6 +74,7 @@ _CLOSED = {
     'test_cfg.rcnn': {'score_thr', 'nms', 'max_per_img', 'mask_thr_binary'},
 }
 _SEGMENTOR_TEST = {'mode', 'crop_size', 'stride', 'subdivision_steps', 'subdivision_num_points', 'scale_factor'}
+_BATCHED = 'BatchedSlideEncoderDecoder'  # ours, which reads test_cfg.window_batch
 _NMS = {'type', 'iou_threshold', 'iou_thr', 'class_agnostic', 'split_thr', 'max_num', 'score_threshold', 'offset'} | {
     *('sigma', 'min_score', 'method'),  # of soft NMS
 }
@@ -178,10 +179,21 @@ def _optimizer_problems(cfg: Config) -> Iterator[str]:
 
 def _segmentor_problems(cfg: Config) -> Iterator[str]:
     model = cfg.get('model') or {}
-    if str(model.get('type')).rpartition('.')[2] in ('EncoderDecoder', 'CascadeEncoderDecoder'):
-        for key in model.get('test_cfg') or {}:
-            if key not in _SEGMENTOR_TEST:
-                yield f'model.test_cfg.{key}: allowed are {", ".join(sorted(_SEGMENTOR_TEST))}'
+    given = model.get('test_cfg') or {}
+    cls = _Lookup(cfg.get('default_scope', 'mmengine'), (MODELS,))(model.get('type'))
+    batched = inspect.isclass(cls) and _BATCHED in {base.__name__ for base in inspect.getmro(cls)}
+    if 'window_batch' in given and not batched:
+        yield (
+            f'model.test_cfg.window_batch: {model.get("type")} computes windows one by one; with model.type={_BATCHED} '
+            'they are computed in batches'
+        )
+    elif 'window_batch' in given and given.get('mode', 'whole') != 'slide':
+        yield "model.test_cfg.window_batch: there are windows with model.test_cfg.mode='slide' only"
+    if str(model.get('type')).rpartition('.')[2] in ('EncoderDecoder', 'CascadeEncoderDecoder', _BATCHED):
+        allowed = _SEGMENTOR_TEST | ({'window_batch'} if batched else set())
+        for key in given:
+            if key not in allowed | {'window_batch'}:
+                yield f'model.test_cfg.{key}: allowed are {", ".join(sorted(allowed))}'
 
 
 def _closed_keys(node: Mapping[str, Any], path: str) -> set[str] | None:

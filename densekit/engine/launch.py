@@ -17,6 +17,7 @@ from densekit.data.sampling import SampleError
 from densekit.engine.config import load_config, set_amp
 from densekit.engine.distributed import end_process_group, prepare_launcher
 from densekit.engine.dry_run import rehearse
+from densekit.engine.log_backends import add_backends, check_backends
 from densekit.engine.runner import DensekitRunner
 from densekit.engine.store import CheckpointNotSaved
 from densekit.evaluation.result_files import write_results
@@ -33,6 +34,7 @@ def train(
     dry_run: bool = False,
     allow_changed: Sequence[str] = (),
     shard: bool = False,
+    log: Sequence[str] = (),
     options: Sequence[str] = (),
 ) -> list[str]:
     """Trains and validates a recipe.
@@ -47,6 +49,7 @@ def train(
         dry_run: build and check all that training needs and show what it is; do not train.
         allow_changed: in what a resumed run may differ from what it was; see :data:`densekit.engine.contract.PARTS`.
         shard: cut model, gradients and optimizer among the processes (FSDP2), as ``sharding`` in the config says.
+        log: where numbers go besides the work folder: 'tensorboard', 'wandb'.
         options: ``key=value`` texts that change the config.
 
     Returns:
@@ -59,7 +62,9 @@ def train(
     with user_errors():
         if load_from is not None and resume is not None:
             raise ValueError('--load-from starts a new run and --resume goes on with one; give one of them')
+        check_backends(log)
         cfg = _load(config, options, work_dir)
+        add_backends(cfg, log)
         if amp is not None:
             set_amp(cfg, amp)
         if load_from is not None:

@@ -33,6 +33,8 @@ from densekit.engine.consistency import check_channels, check_classes
 from densekit.engine.distributed import from_first, init_cpu_process_group
 from densekit.engine.guards import FiniteGuard, StopSignalHook
 from densekit.engine.loops import ResumableEpochLoop, ResumableIterLoop
+from densekit.engine.pretrained_files import check_pretrained_files
+from densekit.engine.progress_line import ProgressLine
 from densekit.engine.resume import OURS, check_run, is_sharded_checkpoint, restore, run_state, settled_gradients
 from densekit.engine.sharded_files import load_sharded, outline, save_sharded
 from densekit.engine.sharding import gathered, is_sharded, load_full_optimizer_state, shard
@@ -110,6 +112,8 @@ class DensekitRunner(Runner):
         guard = FiniteGuard()
         self.register_hook(guard)
         self.register_hook(StopSignalHook(guard))
+        if ProgressLine.is_of_use(self.rank):
+            self.register_hook(ProgressLine())
 
     def setup_env(self, env_cfg: dict) -> None:
         """Starts the process group and sets limits, as mmengine does."""
@@ -233,7 +237,7 @@ class DensekitRunner(Runner):
             return super().train()
         finally:
             for hook in self.hooks:
-                if isinstance(hook, FiniteGuard | StopSignalHook):
+                if isinstance(hook, FiniteGuard | StopSignalHook | ProgressLine):
                     hook.after_run(self)  # mmengine calls it only if all went well
 
     def val(self) -> dict:
@@ -506,6 +510,7 @@ class DensekitRunner(Runner):
                     "model.init_cfg is of type 'Pretrained', which leaves at random what does not fit. Weights of a "
                     'whole model: --load-from (load_from in a config), of a backbone: model.backbone.init_cfg.'
                 )
+            check_pretrained_files(self.bare_model(), self.cfg.text or '')
             super()._init_model_weights()
         self._weights_initialized = True
 

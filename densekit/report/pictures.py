@@ -12,7 +12,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
-from densekit.report.tags import Tag, around, font, inside, write_tags
+from densekit.report.fonts import font, readable
+from densekit.report.tags import Tag, around, inside, write_tags
 
 Colour = Sequence[int]  # red, green, blue from 0 to 255
 
@@ -116,12 +117,12 @@ def draw_instances(
             else:
                 _blend(picture, mask, colours[i], MASK_ALPHA)
             _outline(picture, mask, colours[i], width if factor > 1 else max(1, width // 2))
-    tags = []
+    names, tags = readable(tuple(classes)), []
     for i in range(len(labels)) if scores is None else np.argsort(-np.asarray(scores), kind='stable'):
         # x2, y2 is the far edge of the last pixel; the line is drawn on the pixels just inside.
         box = np.clip(np.rint(boxes[i] * factor) - (0, 0, 1, 1), 0, np.tile(picture.shape[1::-1], 2) - 1).astype(int)
         cv2.rectangle(picture, box[:2].tolist(), box[2:].tolist(), colours[i], width)
-        text = classes[labels[i]] + ('' if scores is None else f' {scores[i]:.2f}') + (' (ignored)' if grey[i] else '')
+        text = names[labels[i]] + ('' if scores is None else f' {scores[i]:.2f}') + (' (ignored)' if grey[i] else '')
         tags.append(Tag(text, colours[i], around(box)))
     return write_tags(picture, tags)
 
@@ -162,11 +163,11 @@ def draw_label_map(
     factor = max(1, -(-min_side // min(image.shape[:2])))
     picture = _enlarge(image, factor)
     label_map = _enlarge(label_map, factor)
-    tags = []
+    names, tags = readable(tuple(classes)), []
     for label in present:
         mask = label_map == label
         _blend(picture, mask, palette[label], alpha)
-        tags.append((mask.sum(), Tag(classes[label], _rgb(palette[label]), inside(mask))))
+        tags.append((mask.sum(), Tag(names[label], _rgb(palette[label]), inside(mask))))
     stripes = _stripes(label_map.shape, 4 * _line_width(picture))
     _blend(picture, stripes & (label_map == ignore_index), GREY, HATCH_ALPHA)
     tags.sort(key=lambda tag: tag[0])  # a small region has fewer places for its name
@@ -210,9 +211,9 @@ def comparison_sheet(
     sheet = Image.new('RGB', (lefts[-1] + column_width + margin, tops[-1] - gap + margin), 'white')
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((sheet.width / 2, margin), title, 'black', font(size * 5 // 4), anchor='ma')
+        draw.text((sheet.width / 2, margin), title, 'black', font(size * 5 // 4, title), anchor='ma')
     for left, text in zip(lefts, column_titles, strict=True):
-        draw.text((left + column_width / 2, top), text, (60, 60, 60), font(size), anchor='ma')
+        draw.text((left + column_width / 2, top), text, (60, 60, 60), font(size, text), anchor='ma')
     for y, height, pictures in zip(tops, heights, fitted, strict=False):
         for left, picture in zip(lefts, pictures, strict=True):
             x = left + (column_width - picture.shape[1]) // 2

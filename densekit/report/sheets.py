@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
+from densekit.report.fonts import font
 from densekit.report.pictures import check_image, fit
-from densekit.report.tags import font
 
 GAP = 16  # pixels
 
@@ -50,16 +50,15 @@ def contact_sheet(
     across = min(columns, len(fitted))
     sheet = Image.new('RGB', (GAP + across * (width + GAP), tops[-1]), 'white')
     draw = ImageDraw.Draw(sheet)
-    draw.text(
-        (GAP, GAP), _shortened(title, sheet.width - 2 * GAP, text_size * 4 // 3), 'black', font(text_size * 4 // 3)
-    )
+    heading = _shortened(title, sheet.width - 2 * GAP, text_size * 4 // 3)
+    draw.text((GAP, GAP), heading, 'black', font(text_size * 4 // 3, heading))
     for i, (picture, rows) in enumerate(zip(fitted, lines, strict=True)):
         row, column = divmod(i, columns)
         left, y = GAP + column * (width + GAP), tops[row] + heights[row]
         sheet.paste(Image.fromarray(picture), (left, y - picture.shape[0]))
         for number, text in enumerate(rows):
             place = (left, y + GAP // 3 + number * text_size * 5 // 4)
-            draw.text(place, text, (40, 40, 40), font(text_size))
+            draw.text(place, text, (40, 40, 40), font(text_size, text))
     return np.array(sheet)
 
 
@@ -80,7 +79,7 @@ def stretched(picture: np.ndarray, height: int, width: int, smooth: bool = False
 def _shortened(text: str, width: int, size: int) -> str:
     """A text that fits in ``width`` pixels: of one that is longer, the beginning and the end."""
     kept = text
-    while font(size).getlength(kept) > width and len(text) > 3:
+    while font(size, kept).getlength(kept) > width and len(text) > 3:
         half = (len(text) - 1) // 2
         text = text[:half] + text[-half:]
         kept = f'{text[:half]}…{text[half:]}'

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from densekit.report.fonts import font
 
 MAX_COVERED = 0.08  # of a name by others, so that all of them can be read
 
@@ -47,12 +48,13 @@ def write_tags(picture: np.ndarray, tags: Sequence[Tag]) -> np.ndarray:
     """
     height, width = picture.shape[:2]
     size = max(14, round(0.018 * (height * width) ** 0.5))
-    typeface, pad = font(size), max(2, size // 5)
+    pad = max(2, size // 5)
     canvas = Image.fromarray(picture)
     draw = ImageDraw.Draw(canvas)
     taken: list[tuple[int, int, int, int]] = []
 
     def write(tag: Tag, most: float) -> bool:
+        typeface = font(size, tag.text)
         w, h = round(typeface.getlength(tag.text)) + 2 * pad, size + pad
         inside = [(_clip(x, width - w), _clip(y, height - h)) for x, y in tag.places(w, h)]
         covered = [sum(_overlap((x, y, x + w, y + h), t) for t in taken) for x, y in inside]
@@ -71,12 +73,6 @@ def write_tags(picture: np.ndarray, tags: Sequence[Tag]) -> np.ndarray:
         corners = around(np.array([0, 0, width - 1, height - 1]))
         write(Tag(f'{left_out} names without room', (40, 40, 40), corners), 1)
     return np.array(canvas)
-
-
-@lru_cache
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own typeface, ``size`` pixels high."""
-    return ImageFont.load_default(size)
 
 
 def _clip(start: float, last: int) -> int:

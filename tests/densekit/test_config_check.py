@@ -221,6 +221,41 @@ def test_options_that_nothing_would_read(config, option, message):
         load_config(f'configs/{config}', [option])
 
 
+BATCHED = 'model.type=BatchedSlideEncoderDecoder'
+
+
+@pytest.mark.parametrize(
+    ('config', 'options', 'said'),
+    [
+        (UPERNET, [], r'window_batch: EncoderDecoder computes windows one by one; with model\.type=BatchedSlide'),
+        (UPERNET, ['model.type=CascadeEncoderDecoder'], r'window_batch: CascadeEncoderDecoder computes windows one by'),
+        (MASK_RCNN, [], r'window_batch: MaskRCNN computes windows one by one'),
+        (UPERNET, [BATCHED, 'model.test_cfg.mode=whole'], r"window_batch: there are windows with .*mode='slide' only"),
+        (UPERNET, [BATCHED, 'model.test_cfg.stride_=8'], r'Did you mean stride'),
+    ],
+)
+def test_batches_of_windows_that_nothing_would_compute(config, options, said):
+    with pytest.raises(ValueError, match=said):
+        load_config(config, [*options, 'model.test_cfg.window_batch=4'])
+
+
+def test_batches_of_windows(tmp_path):
+    """Also in a class of a user's own that is derived from ours."""
+    (tmp_path / 'my_segmentor.py').write_text(
+        'from mmengine.registry import MODELS\nfrom densekit.models.slide import BatchedSlideEncoderDecoder\n'
+        '@MODELS.register_module(force=True)\nclass MySegmentor(BatchedSlideEncoderDecoder):\n    pass\n'
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        __import__('my_segmentor')
+    for kind in ('BatchedSlideEncoderDecoder', 'MySegmentor'):
+        load_config(UPERNET, [f'model.type={kind}', 'model.test_cfg.window_batch=4'])
+    with pytest.raises(ValueError, match=r'test_cfg\.stride_size: allowed are crop_size, .*window_batch'):
+        load_config(
+            config_file(tmp_path, "model = dict(type='BatchedSlideEncoderDecoder', test_cfg=dict(stride_size=8))")
+        )
+
+
 @pytest.mark.parametrize('name', ['modle', 'train_cgf', 'load_form', 'auto_scal_lr'])
 def test_misspelt_top_level_names(tmp_path, name):
     base = Path('configs/detection/mask_rcnn_convnext_mini_shapes.py').resolve()

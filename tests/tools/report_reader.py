@@ -36,10 +36,11 @@ class Page(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.text = text
         self.tables, self.charts, self.sections = {}, {}, {}
+        self.below = {}  # heading -> its charts by title, where several have one title
         self.images, self.attributes, self.tags, self.open = [], [], [], []
         self.scripts, self.shown = [], []
         self._section = self._table = self._row = self._cell = self._chart = None
-        self._title = self._caption = ''
+        self._title = self._caption = self._heading = ''
         self.feed(text)
         assert not self.open, f'{self.open} are not closed'
 
@@ -67,8 +68,11 @@ class Page(HTMLParser):
             self.images.append(attrs)
         elif tag == 'figcaption':
             self._title = ''
+        elif tag == 'h3':
+            self._heading = ''
         elif tag == 'svg' and 'data-frame' in attrs:
             self._chart = self.charts[self._title] = Chart(json.loads(attrs['data-frame']))
+            self.below.setdefault(self._heading, {})[self._title] = self._chart
         elif tag == 'polyline' and attrs.get('data-name') is not None:
             self._chart.lines[attrs['data-name']] = attrs['points']
 
@@ -100,3 +104,5 @@ class Page(HTMLParser):
             self._cell += data
         if 'figcaption' in within:
             self._title += data
+        if 'h3' in within:
+            self._heading += data

@@ -158,12 +158,12 @@ def test_scores_and_curves_are_those_of_pycocotools(page, work_dir, truth, data,
             of_class = reference(data, results, kind, label + 1).stats
             assert table.column('AP')[name] == pytest.approx(of_class[0], abs=1e-12)
             assert table.column('APs')[name] == pytest.approx(of_class[3], abs=1e-12)
-            if kind == 'bbox':
-                chart = made.charts[f'{name} {100 * of_class[1]:.0f}']
-                for line, threshold in (('IoU 0.5', 0), ('IoU 0.75', 5)):
-                    xs, ys = np.array(chart.values(line)).T
-                    np.testing.assert_allclose(xs, np.linspace(0, 1, 101), atol=0.001)
-                    np.testing.assert_allclose(ys, expected.eval['precision'][threshold, :, label, 0, -1], atol=0.001)
+            what = {'bbox': 'boxes', 'segm': 'masks'}[kind]
+            charts = made.below[f'Precision (up) over recall (right) of {what} by class, with AP50']
+            for line, threshold in (('IoU 0.5', 0), ('IoU 0.75', 5)):
+                xs, ys = np.array(charts[f'{name} {100 * of_class[1]:.0f}'].values(line)).T
+                np.testing.assert_allclose(xs, np.linspace(0, 1, 101), atol=0.001)
+                np.testing.assert_allclose(ys, expected.eval['precision'][threshold, :, label, 0, -1], atol=0.001)
     counts = [sum(a['category_id'] == i + 1 and not a['iscrowd'] for a in truth['annotations']) for i in range(5)]
     assert list(made.tables['run: box AP by class in %'].column('objects').values()) == counts
 
@@ -359,6 +359,13 @@ def test_two_runs_are_compared(page, work_dir, truth, data, tmp_path):
     first, second = (reference(data, file, 'bbox').stats[0] for file in files)
     assert table.rows['AP'][:3] == [first, second, second - first]
     assert table.rows['AP'][4:] == [DASH, DASH]  # the second has no masks
+    curves = {
+        what: made.below[f'Precision (up) over recall (right) of {what} by class, with AP50']
+        for what in ('boxes', 'masks')
+    }
+    assert all(set(chart.lines) == {'A', 'B'} for chart in curves['boxes'].values())
+    assert all(set(chart.lines) == {'A'} and title.endswith(f' and {DASH}') for title, chart in curves['masks'].items())
+    assert len(curves['boxes']) == len(curves['masks']) == 5
     assert {'A', 'B'} == set(made.charts['Total loss'].lines)
     assert list(made.tables['Overview (figures in %)'].rows) == ['A: first/run', 'B: second/run']
     assert len([text for text in made.shown if 'F1' in text]) == 16

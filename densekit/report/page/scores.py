@@ -36,7 +36,8 @@ def scores_section(scored: Sequence[Scored], missing: Sequence[Html]) -> Html:
     segmentors = [(title, found) for title, found in scored if isinstance(found, Segmentation)]
     parts = [tag('p', _evaluated(title, found)) for title, found in scored]
     if detectors:
-        parts += [_ap_table(detectors), *_class_tables(detectors), _pr_curves(detectors)]
+        parts += [_ap_table(detectors), *_class_tables(detectors)]
+        parts += [_pr_curves(detectors, kind) for kind in KINDS if any(kind in d.scores for _, d in detectors)]
     if segmentors:
         parts += [_iou_table(segmentors), _iou_bars(segmentors)]
     return section('scores', 'Scores', *missing, *parts)
@@ -151,21 +152,22 @@ def _class_tables(detectors: Sequence[tuple[str, Detection]]) -> list[Html]:
     return made
 
 
-def _pr_curves(detectors: Sequence[tuple[str, Detection]]) -> Html:
-    """A small chart for each class: boxes at IoU 0.5 and 0.75 of one run, at 0.5 of two."""
+def _pr_curves(detectors: Sequence[tuple[str, Detection]], kind: str) -> Html:
+    """A small chart for each class: boxes or masks at IoU 0.5 and 0.75 of one run, at 0.5 of two."""
     alone = len(detectors) == 1
     keys = ['IoU 0.5', 'IoU 0.75'] if alone else [title for title, _ in detectors]
-    names = list(dict.fromkeys(name for _, d in detectors for name in d.scores['bbox'].classes))
+    scores = [d.scores.get(kind) for _, d in detectors]
+    names = list(dict.fromkeys(name for s in scores if s is not None for name in s.classes))
     charts, without = [], []
     for name in names:
-        curves = [curve for _, d in detectors for curve in _curves(d.scores['bbox'], name, (0, 5) if alone else (0,))]
+        curves = [curve for s in scores for curve in _curves(s, name, (0, 5) if alone else (0,))]
         lines = [
             Line(key, RECALLS.tolist(), curve.tolist(), i + 1, dash=i)
             for i, (key, curve) in enumerate(zip(keys, curves, strict=True))
             if (curve >= 0).all()
         ]
         if lines:
-            found = [_known(d.scores['bbox'].classes.get(name, {}).get('mAP_50')) for _, d in detectors]
+            found = [_known(s.classes.get(name, {}).get('mAP_50')) if s is not None else None for s in scores]
             caption = f'{name} {" and ".join(DASH if ap is None else f"{100 * ap:.0f}" for ap in found)}'
             charts.append(line_chart(caption, lines, 'recall', 'precision', y_range=(0, 1), x_range=(0, 1), small=True))
         else:
@@ -176,16 +178,18 @@ def _pr_curves(detectors: Sequence[tuple[str, Detection]]) -> Html:
     ]
     return tag(
         'div',
-        tag('h3', 'Precision (up) over recall (right) of boxes by class, with AP50'),
+        tag(
+            'h3', f'Precision (up) over recall (right) of {"masks" if kind == "segm" else "boxes"} by class, with AP50'
+        ),
         tag('p', *samples, class_='note'),
         tag('div', *charts, class_='grid'),
         note(f'No object of these classes is in the images: {", ".join(without)}.') if without else '',
     )
 
 
-def _curves(scores: Scores, name: str, thresholds: Sequence[int]) -> list[np.ndarray]:
+def _curves(scores: Scores | None, name: str, thresholds: Sequence[int]) -> list[np.ndarray]:
     """Precisions of a class, by threshold; -1 where there is nothing to find."""
-    if name not in scores.classes:
+    if scores is None or name not in scores.classes:
         return [np.full(len(RECALLS), -1.0) for _ in thresholds]
     return [scores.precision[threshold, :, list(scores.classes).index(name)] for threshold in thresholds]
 
