@@ -1,10 +1,10 @@
-# make install | demo | test | lint | test-slow | test-gpu | test-browser | soak | tables | clean
+# make install | demo | test | lint | test-slow | test-gpu | test-browser | soak | tables | bench | bench-gpu | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: install demo test lint test-slow test-gpu test-browser soak tables clean
+.PHONY: install demo test lint test-slow test-gpu test-browser soak tables bench bench-gpu clean
 
 install: $(STAMP)
 
@@ -48,6 +48,15 @@ soak: $(STAMP)
 tables: $(STAMP)
 	$(BIN)/python -m densekit.report.recipes_table
 	$(BIN)/python -m densekit.report.scaling_tables
+
+# Speed and memory beside the peers, into benchmarks/results; docs/speed.md has what is measured.
+bench: $(STAMP)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python tools/benchmark.py --device cpu
+
+# Each tier ends within about 8 minutes; what is missing then, the next run of the same command measures.
+TIERS ?= 1 2 3 4 5 6 7
+bench-gpu: $(STAMP)
+	for tier in $(TIERS); do $(BIN)/python tools/benchmark.py --device cuda --tier $$tier --budget 480 || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache

@@ -32,6 +32,7 @@ from densekit.engine.class_transfer import ClassTransfer, check_class_order, dat
 from densekit.engine.consistency import check_channels, check_classes
 from densekit.engine.distributed import from_first, init_cpu_process_group
 from densekit.engine.guards import FiniteGuard, StopSignalHook
+from densekit.engine.heap import keep_freed_memory
 from densekit.engine.loops import ResumableEpochLoop, ResumableIterLoop
 from densekit.engine.pretrained_files import check_pretrained_files
 from densekit.engine.progress_line import ProgressLine
@@ -120,6 +121,8 @@ class DensekitRunner(Runner):
         if self.distributed and not is_distributed():
             init_cpu_process_group((env_cfg.get('dist_cfg') or {}).get('timeout'))
         super().setup_env(env_cfg)
+        if not torch.cuda.is_available():
+            keep_freed_memory()
 
     def set_randomness(self, seed: int | None, diff_rank_seed: bool = False, deterministic: bool = False) -> None:
         """Seeds the generators; ``deterministic`` has CUDA use algorithms that give the same bits each time."""
