@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+
+# Without a GPU, Triton interprets its kernels; before it is first imported, as it is by what follows.
+os.environ.setdefault('TRITON_INTERPRET', '0' if torch.cuda.is_available() else '1')
 
 ROOT = Path(__file__).parents[1]
 # pytest puts this folder on the path, where tests/backbones would be taken for the package from any other folder.

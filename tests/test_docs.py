@@ -41,6 +41,7 @@ OWN = ('CONFIG', 'mine.py', 'cats.py')  # stand for a reader's config
 OF_OTHERS = {'--no-build-isolation', '--shm-size', '--max-restarts'}  # pip's, a container's, torchrun's
 
 RUN = re.compile(r'<!-- run -->\n```bash\n(.*?)```', re.DOTALL)
+RUN_PYTHON = re.compile(r'<!-- run -->\n```python\n(.*?)```', re.DOTALL)  # after the commands of its page
 MINE = """
 _base_ = {base!r}
 data_root = 'data/'
@@ -171,14 +172,23 @@ def test_marked_blocks_run(page, workplace, tool, quick_mmengine, capsys):
         assert status == 0, f'{command}\n{"".join(capsys.readouterr())}'
         for kind in (MMLogger, MessageHub):  # of two runs in one second
             kind._instance_dict.clear()
+    for text in RUN_PYTHON.findall(PAGES[page]):
+        exec(compile(text, page, 'exec'), {})
 
 
 def test_the_marked_blocks_are_many():
     assert sum(len(lines_of(block)) for text in PAGES.values() for block in RUN.findall(text)) >= 10
+    assert [page for page, text in PAGES.items() if RUN_PYTHON.search(text)] == ['predict.md']
 
 
 @pytest.mark.parametrize(
-    ('page', 'text'), [(page, text) for page, body in PAGES.items() for text in blocks(body, 'python')]
+    ('page', 'text'),
+    [
+        (page, text)
+        for page, body in PAGES.items()
+        for text in blocks(body, 'python')
+        if text not in RUN_PYTHON.findall(body)
+    ],
 )
 def test_python_runs_or_builds(page, text, tmp_path):
     if 'import torch' in text:

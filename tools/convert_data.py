@@ -29,6 +29,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help='names of the classes in the order of their ids (default: for yolo those of data.yaml or classes.txt, '
         'otherwise those that occur)',
     )
+    parser.add_argument('--overwrite', action='store_true', help='write FILE.json though it is there')
     return parser.parse_args(argv)
 
 
@@ -41,11 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         with user_errors():
             if args.format == 'colours':
-                if args.images or args.classes:
-                    raise ValueError('--images and --classes are not for colours: the maps alone are read')
+                if args.images or args.classes or args.overwrite:
+                    raise ValueError(
+                        '--images, --classes and --overwrite are not for colours: the maps alone are read, and the '
+                        'folder is new'
+                    )
                 print(convert_colours(args.annotations, args.out))
                 return
-            print(convert_to_file(args.format, args.annotations, args.images, args.out, args.classes))
+            print(convert_to_file(args.format, args.annotations, args.images, args.out, args.classes, args.overwrite))
 
     return exit_status(action)
 

@@ -115,7 +115,12 @@ def _no_garbage_collection() -> Iterator[None]:
 def _parse(path: str) -> tuple[Any, Fault | None]:
     try:
         with open(path, encoding='utf-8') as file, _no_garbage_collection():
-            return json.loads(file.read(), object_hook=_judge_segmentation), None
+            text = file.read()
+            if text.startswith('\ufeff'):  # json's own words for it are for programmers
+                raise ValueError(
+                    'it begins with a byte order mark, which pycocotools does not read; save it as UTF-8 without BOM'
+                )
+            return json.loads(text, object_hook=_judge_segmentation), None
     except FileNotFoundError:
         return None, fault('json-missing', path, None, 'no such file')
     except json.JSONDecodeError as error:

@@ -6,12 +6,13 @@ file, leaves the suffix out of the file names of YOLO's images, and reads no pol
 
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from densekit.cli import check_writable
 from densekit.data.image_files import probe
+from densekit.files import write_whole
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 _TOLD = 10  # wrong files
@@ -76,18 +77,22 @@ class Images:
         raise ValueError(f'its image {names[0]} is not below {self.root}')
 
 
-def image_files(folder: str | os.PathLike) -> Images:
+def image_files(folder: str | os.PathLike, kind: str = 'images') -> Images:
     """The images below a folder.
+
+    Args:
+        folder: path.
+        kind: what they are, for messages.
 
     Raises:
         FileNotFoundError: if it is no folder, or holds none.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise FileNotFoundError(f'folder of images {folder}: no such folder')
+        raise FileNotFoundError(f'folder of {kind} {folder}: {"it is a file" if root.exists() else "no such folder"}')
     paths = sorted(path for path in _files(root) if path.lower().endswith(SUFFIXES))
     if not paths:
-        raise FileNotFoundError(f'folder of images {folder}: no file in it ends in {", ".join(SUFFIXES)}')
+        raise FileNotFoundError(f'folder of {kind} {folder}: no file in it ends in {", ".join(SUFFIXES)}')
     return Images(root, paths)
 
 
@@ -107,11 +112,16 @@ def annotation_files(folder: str | os.PathLike, suffix: str) -> list[Path]:
 
 
 def _files(root: Path) -> Iterator[str]:
-    for folder, folders, names in os.walk(root, followlinks=True):
+    for folder, folders, names in os.walk(root, onerror=_unreadable, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith('.')]
         for name in names:
             if not name.startswith('.'):
                 yield Path(folder, name).relative_to(root).as_posix()
+
+
+def _unreadable(error: OSError) -> None:
+    """Without this os.walk passes over folders."""
+    raise type(error)(f'folder {error.filename} cannot be read: {error.strerror}') from error
 
 
 class Conversion:
@@ -224,7 +234,9 @@ def convert(
 
     found = image_files(images or annotations)
     if kind == 'yolo':
-        conversion = Conversion(found, classes or class_names(Path(annotations), found.root))
+        names, source = (classes, None) if classes else class_names(Path(annotations), found.root)
+        conversion = Conversion(found, names)
+        conversion.remarks += [f'the classes are those of {source}'] if source else []
         read_yolo(conversion, Path(annotations))
     elif kind in ('voc', 'labelme'):
         conversion = Conversion(found, classes)
@@ -235,24 +247,27 @@ def convert(
 
 
 def convert_to_file(
-    kind: str, annotations: str, images: str | None, out: str, classes: Sequence[str] | None = None
+    kind: str,
+    annotations: str,
+    images: str | None,
+    out: str,
+    classes: Sequence[str] | None = None,
+    overwrite: bool = False,
 ) -> str:
-    """As :func:`convert`, into a file; returns what was written, in words."""
+    """As :func:`convert`, into a file; returns what was written, in words.
+
+    Raises:
+        ValueError: also if ``out`` is a folder, or is there and ``overwrite`` is not set.
+    """
+    if Path(out).is_dir():
+        raise ValueError(f'--out {out} is a folder; give the name of a file, such as {Path(out, "instances.json")}')
+    if Path(out).exists() and not overwrite:
+        raise ValueError(f'--out {out} is there already; give another name, or --overwrite')
+    check_writable(str(Path(out).parent), '--out')
     content, remarks = convert(kind, annotations, images, classes)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, json.dumps(content, ensure_ascii=False))
     counts = f'{len(content["images"]):,} images, {len(content["annotations"]):,} objects'
     masks = sum('segmentation' in annotation for annotation in content['annotations'])
     names = ', '.join(category['name'] for category in content['categories'])
     lines = [f'{out}: {counts} ({masks:,} with a mask), classes {names}']
     return '\n'.join([*lines, *remarks])
-
-
-def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Writes a file whole or not at all."""
-    draft = Path(path).with_name(f'.{Path(path).name}-{uuid.uuid4().hex}')
-    try:
-        draft.write_text(text, encoding='utf-8')
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

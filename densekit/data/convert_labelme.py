@@ -20,7 +20,7 @@ def read_labelme(conversion: Conversion, folder: Path) -> None:
 
 def _read_file(conversion: Conversion, path: Path) -> None:
     try:
-        content = json.loads(path.read_text(encoding='utf-8'))
+        content = json.loads(path.read_text(encoding='utf-8-sig'))
     except ValueError as error:
         raise ValueError(f'no JSON: {error}') from error
     if not isinstance(content, dict) or not isinstance(content.get('shapes'), list):
@@ -34,6 +34,8 @@ def _read_file(conversion: Conversion, path: Path) -> None:
     for number, item in enumerate(content['shapes']):
         label, polygon = _label_and_polygon(item, number)
         group = item.get('group_id')
+        if not isinstance(group, int | str | None):
+            raise ValueError(f'group_id of a {label!r} (shape number {number}) is {group!r}; it has to be a number')
         shape = objects.setdefault(number if group is None else (group, label), Shape(label, (0, 0, 0, 0)))
         shape.polygons.append(polygon)
     for shape in objects.values():

@@ -15,10 +15,16 @@ _CORNERS = ('xmin', 'ymin', 'xmax', 'ymax')
 
 def read_voc(conversion: Conversion, folder: Path) -> None:
     """Adds every XML file below a folder to a conversion."""
-    conversion.each(annotation_files(folder, '.xml'), lambda path: _read_file(conversion, path))
+    from_zero: list[str] = []
+    conversion.each(annotation_files(folder, '.xml'), lambda path: _read_file(conversion, path, from_zero))
+    if from_zero:
+        conversion.remarks.append(
+            f'{len(from_zero):,} objects begin at pixel 0, the first in {from_zero[0]}, and Pascal VOC counts from 1. '
+            'If these files count from 0, every box came out one pixel too far to the left and to the top'
+        )
 
 
-def _read_file(conversion: Conversion, path: Path) -> None:
+def _read_file(conversion: Conversion, path: Path, from_zero: list[str]) -> None:
     try:
         root = ElementTree.parse(path).getroot()
     except ElementTree.ParseError as error:
@@ -31,7 +37,9 @@ def _read_file(conversion: Conversion, path: Path) -> None:
     said = tuple(root.findtext(f'size/{side}') for side in ('width', 'height'))
     if any(said) and said not in (('0', '0'), tuple(map(str, size))):
         raise ValueError(f'it says {said[0]} x {said[1]} pixels, and its image {image} has {size[0]} x {size[1]}')
-    conversion.add(image, size, [_shape(item) for item in root.iter('object')], path)
+    shapes = [_shape(item) for item in root.iter('object')]
+    from_zero += [str(path) for shape in shapes if min(shape.box[:2]) < 0]
+    conversion.add(image, size, shapes, path)
 
 
 def _shape(item: ElementTree.Element) -> Shape:

@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 from densekit.cli import user_errors
-from densekit.data.convert import write_whole
 from densekit.data.own_detection import plan_detection
 from densekit.data.own_recipe import BASES, SIZES, config_text
 from densekit.data.own_request import Output, Request, WrongData, check_request, tool_command
 from densekit.data.own_segmentation import plan_segmentation
 from densekit.engine.config import load_config
+from densekit.files import whole_file, write_whole
 from densekit.report.pictures import save_png
 
 
@@ -41,21 +41,16 @@ def _write(request: Request, output: Output) -> None:
     """Writes the files, the config only if it can be loaded; prints what is in the data and what next."""
     sys.stdout.write('\n'.join(output.lines) + '\n')
     shown = output.picture()
-    output.out.parent.mkdir(parents=True, exist_ok=True)
-    for path, content in output.files.items():
-        write_whole(path, content)
     base = request.checkout / BASES[output.recipe.task]
     folder = output.out.resolve().parent
     inside = folder.is_relative_to(request.checkout)
     base_path = os.path.relpath(base, folder) if inside else str(base)
     text = config_text(output.recipe, base_path, tool_command(request, 'train', str(output.out)))
-    draft = output.out.with_name(f'draft_{os.getpid()}_{output.out.name}')
-    try:
+    with whole_file(output.out) as draft:
         draft.write_text(text, encoding='utf-8')
         load_config(str(draft))
-        draft.replace(output.out)
-    finally:
-        draft.unlink(missing_ok=True)
+        for path, content in output.files.items():
+            write_whole(path, content)
     picture = output.out.with_suffix('.png')
     save_png(picture, shown)
     sys.stdout.write(_summary(request, output, picture) + '\n')
@@ -77,7 +72,7 @@ def _summary(request: Request, output: Output, picture: Path) -> str:
         '',
         'Next:',
         f'  {tool_command(request, "train", config)}',
-        f'  {tool_command(request, "test", config, checkpoint)}',
+        f'  {tool_command(request, "report", run)}',
         f'  {tool_command(request, "predict", config, checkpoint, *output.examples, "--out", f"{run}/pictures")}',
     ]
     return '\n'.join(lines)

@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,12 @@ class CocoData:
             if annotation['image_id'] in found and not annotation.get('iscrowd'):
                 found[annotation['image_id']].add(annotation['category_id'])
         return [found[image['id']] for image in self.content['images']]
+
+    def of_classes(self, classes: Collection[str]) -> 'CocoData':
+        """The same with what is annotated as some of the classes; all images stay."""
+        ids = {number for number, name in self.names.items() if name in classes}
+        annotations = [a for a in self.content.get('annotations', []) if a['category_id'] in ids]
+        return CocoData(self.path, self.images, {**self.content, 'annotations': annotations})
 
     def sides(self) -> np.ndarray:
         """Width and height of the boxes that are no crowds, in pixels, (N, 2)."""
@@ -108,6 +114,8 @@ def _check_location(data: CocoData, there: Images) -> None:
         text += f'it names {_some(names)}, and the folder has {_some(there.paths)}. '
         if any(above.joinpath(name).is_file() for name in names):
             raise FileNotFoundError(f'{text}Give the folder above it: --images {above}')
+        if {Path(name).name.lower() for name in names} & {Path(path).name.lower() for path in there.paths}:
+            raise FileNotFoundError(f'{text}Upper and lower case have to be the same')
         raise FileNotFoundError(f'{text}Is it the annotation file of another data set?')
     folders = {path[: -len(name)] for name, path in found.items() if path.endswith(name)}
     if len(folders) == 1 and len(found) == len(names):
@@ -119,8 +127,8 @@ def _check_location(data: CocoData, there: Images) -> None:
             f'{text}the names have their folder in front ({name}). Give the folder above: --images {above}'
         )
     raise FileNotFoundError(
-        f'{text}{len(found):,} are elsewhere below it, such as {path}, which the file calls {name}. file_name has '
-        'to be the path from the folder of the images on'
+        f'{text}{len(found):,} are there under another name, such as {path}, which the file calls {name}. file_name '
+        'has to be the path from the folder of the images on, with /'
     )
 
 

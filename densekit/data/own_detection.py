@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from densekit.data.checks import Report
-from densekit.data.convert import convert, write_whole
+from densekit.data.convert import convert
 from densekit.data.describe import class_table, coco_picture, palette, size_lines
 from densekit.data.faults import describe
 from densekit.data.own_coco import CocoData, choose, load_coco
@@ -25,7 +25,9 @@ from densekit.data.own_request import (
     parting,
     raise_for_errors,
     same_images,
+    tool_command,
 )
+from densekit.files import write_whole
 
 
 def plan_detection(request: Request) -> Output:
@@ -44,17 +46,39 @@ def plan_detection(request: Request) -> Output:
     """
     paths = [request.annotations or '', request.val_annotations]
     folders = [request.images, request.val_images or request.images]
-    if request.format != 'coco':
-        paths = _convert(request, paths, folders)
+    if request.format == 'coco':
+        return _plan(request, paths, folders)
+    paths = _convert(request, paths, folders)
+    try:
+        return _plan(request, paths, folders)
+    except BaseException as error:
+        for path in filter(None, paths):
+            Path(path).unlink(missing_ok=True)
+        if not isinstance(error, WrongData):
+            raise
+        options = ['--annotations', request.annotations or '', '--images', request.images, '--out', 'FILE.json']
+        keep = tool_command(request, 'convert_data', request.format, *options)
+        raise WrongData(f'{error}\n\nThe converted file is gone again; to look into it:\n  {keep}') from error
+
+
+def _plan(request: Request, paths: Sequence[str | None], folders: Sequence[str]) -> Output:
+    """As :func:`plan_detection`, for COCO files."""
     data, val = _load(paths[0] or '', folders[0]), _load(paths[1], folders[1]) if paths[1] else None
-    masks = data.with_masks() and not request.boxes_only
-    out = config_path(request, 'mask_rcnn' if masks else 'faster_rcnn')
     classes = _used_classes(data, request)
+    learned = data.of_classes(classes)
+    masks = learned.with_masks() and not request.boxes_only
+    out = config_path(request, 'mask_rcnn' if masks else 'faster_rcnn')
     reports = _check_coco(data, val, classes, masks)
-    warned = raise_for_errors(request, reports)
+    try:
+        warned = raise_for_errors(request, reports)
+    except WrongData as error:
+        if all(found.kind != 'mask-missing' for report in reports for found in report.faults):
+            raise
+        hint = 'To learn from the boxes of all objects and from no masks, add --boxes-only.'
+        raise WrongData(f'{error}\n\n{hint}') from error
     files: dict[Path, str] = {}
     if val is None:
-        chosen = choose(data.of_images(), request.val_fraction, request.seed)
+        chosen = choose(learned.of_images(), request.val_fraction, request.seed)
         train, val = data.part([not part for part in chosen]), data.part(chosen)
         for part, kind in ((train, 'train'), (val, 'val')):
             part.path = str(out.with_name(f'{out.stem}_{kind}.json'))
@@ -63,7 +87,7 @@ def plan_detection(request: Request) -> Output:
         train = data
     check_free(request, list(files))
     lines = _coco_lines(request, data, train, val, classes, masks)
-    shown = sum(bool(labels) for labels in train.of_images())
+    shown = sum(bool(labels) for labels in train.of_classes(classes).of_images())
     recipe = Recipe(
         task='detection',
         size=request.size,
@@ -77,26 +101,28 @@ def plan_detection(request: Request) -> Output:
     )
     examples = [f'{val.images}/{image["file_name"]}' for image in val.content['images'][:3]]
     return Output(
-        out, recipe, files, [*lines, *warned], lambda: coco_picture(data, classes, recipe.palette, masks), examples
+        out, recipe, files, [*lines, *warned], lambda: coco_picture(learned, classes, recipe.palette, masks), examples
     )
 
 
 def _convert(request: Request, paths: Sequence[str | None], folders: Sequence[str]) -> list[str | None]:
-    """Makes COCO files beside the config of files in other formats; those of an attempt before are written over."""
+    """Makes COCO files beside the config of files in other formats."""
     contents = [
         convert(request.format, p, f, request.classes) if p else None for p, f in zip(paths, folders, strict=True)
     ]
     assert contents[0] is not None
     masks = CocoData('', '', contents[0][0]).with_masks() and not request.boxes_only
     out = config_path(request, 'mask_rcnn' if masks else 'faster_rcnn')
-    written: list[str | None] = []
-    for found, kind in zip(contents, ('annotations', 'val_annotations'), strict=True):
-        written.append(str(out.with_name(f'{out.stem}_{kind}.json')) if found else None)
-        if found:
-            sys.stdout.write(''.join(f'{remark}\n' for remark in found[1]))
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(written[-1] or '', json.dumps(found[0], ensure_ascii=False))
-    return written
+    written = {
+        out.with_name(f'{out.stem}_{kind}.json'): found
+        for found, kind in zip(contents, ('annotations', 'val_annotations'), strict=True)
+        if found
+    }
+    check_free(request, list(written))
+    for path, (content, remarks) in written.items():
+        sys.stdout.write(''.join(f'{remark}\n' for remark in remarks))
+        write_whole(path, json.dumps(content, ensure_ascii=False))
+    return [*map(str, written), None][:2]
 
 
 def _load(path: str, images: str) -> CocoData:
@@ -152,8 +178,8 @@ def _coco_lines(
     kind = 'boxes and masks' if masks else 'boxes' + (' (its masks are not used)' if data.with_masks() else '')
     lines = [f'{data.path}: {len(data.content["images"]):,} images, {kind}, {number_of(classes)}']
     lines += [parting(request, len(train.content['images']), len(val.content['images']), bool(request.val_annotations))]
-    lines += ['', class_table(counts), '', *size_lines(data)]
-    empty = sum(not labels for labels in train.of_images())
+    lines += ['', class_table(counts), '', *size_lines(data.of_classes(classes))]
+    empty = sum(not labels for labels in train.of_classes(classes).of_images())
     if empty:
         lines.append(f'images to train on that show none of the classes, which training leaves out: {empty:,}')
     left_out = [name for name in dict.fromkeys(data.names.values()) if name not in classes]

@@ -1,7 +1,7 @@
 """Label maps of one's own and their images: which belongs to which, and what values there are."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def find_maps(images: str, maps: str, progress: Progress | None = None) -> MapDa
         ValueError: if the images have several suffixes.
     """
     paths = image_files(images).paths
-    files = image_files(maps).paths
+    files = image_files(maps, 'label maps').paths
     same = Path(images).resolve() == Path(maps).resolve()
     stems = {path[: -len(Path(path).suffix)]: Path(path).suffix for path in paths}
     owners = {path: owner for path in files if (owner := _owner(path, stems, same)) is not None}
@@ -74,7 +74,8 @@ def find_maps(images: str, maps: str, progress: Progress | None = None) -> MapDa
     kinds = Counter(Path(path).suffix for path in pictures)
     if len(kinds) > 1:
         counts = ', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common())
-        raise ValueError(f'the images of {images} have several suffixes ({counts}); mmseg reads one. Save them alike')
+        cure = 'Rename them' if len({kind.lower() for kind in kinds}) == 1 else 'Save them alike'
+        raise ValueError(f'the images of {images} have several suffixes ({counts}); mmseg reads one. {cure}')
     kind = next(iter(kinds))
     names = [path[: -len(kind)] for path in pictures]
     known = set(files)
@@ -104,26 +105,36 @@ def _owner(path: str, stems: dict[str, str], same: bool) -> str | None:
     return None
 
 
-def label_problem(data: MapData, classes: Sequence[str] | None, ignore_zero: bool) -> str:
+def label_problem(
+    data: MapData, classes: Sequence[str] | None, ignore_zero: bool, learned: Collection[int] = ()
+) -> str:
     """What is wrong with the values of label maps as numbers of classes, in words; empty if nothing is.
 
     Args:
         data: with values.
         classes: names by label, if they are known.
         ignore_zero: whether 0 is no class, and the classes count from 1.
+        learned: values in the label maps to train on, where those of ``data`` are to validate.
     """
-    values = sorted(data.all_values() - {IGNORED} - ({0} if ignore_zero else set()))
-    low = int(ignore_zero)
     if not data.values:
         return ''  # not even one can be read as labels, which the checks tell file by file
+    every = data.all_values().union(learned)
+    values = sorted(every - {IGNORED} - ({0} if ignore_zero else set()))
+    low = int(ignore_zero)
     held = f'The label maps in {data.maps} hold '
     how = 'Save them as labels: 0 for the first class, 1 for the next, ..., 255 for what is not to count'
-    grey = f'{how}; `tools/convert_data.py colours --annotations {data.maps} --out NEW_FOLDER` makes each shade a label'
+    convert = f'`tools/convert_data.py colours --annotations {data.maps} --out NEW_FOLDER`'
+    grey = f'{how}; {convert} makes each shade a label'
     if not values:
         return f'{held}nothing but {"0 and " if ignore_zero else ""}255, which is not learned. {how}'
+    if len(values) == 1 and IGNORED in every:  # names for two classes would not make them two
+        written = ', '.join(f'{value} as {label}' for label, value in enumerate(sorted(every)))
+        return (
+            f'{held}only {values[0]} and 255, which is never learned or scored: there are no two classes to tell '
+            f'apart. If 255 is a class, {convert} writes {written}'
+        )
     if len(values) == 1 and not classes:
-        never = ' and 255, which is never learned or scored' if IGNORED in data.all_values() else ''
-        return f'{held}only {values[0]}{never}: there are no two classes to tell apart. {grey}'
+        return f'{held}only {values[0]}: there are no two classes to tell apart. {grey}'
     shown = ', '.join(map(str, values[:12])) + (', ...' if len(values) > 12 else '')
     if classes is not None and values[-1] - low >= len(classes):
         return f'{held}{shown}; the {len(classes)} names given are for {low} to {len(classes) - 1 + low}. {how}'

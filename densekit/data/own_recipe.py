@@ -238,17 +238,29 @@ def _shown(text: str) -> str:
 
 
 def _classes(recipe: Recipe) -> str:
-    names = textwrap.fill(', '.join(map(repr, recipe.classes)) + ',', 108, break_long_words=False)
-    colours = textwrap.fill(', '.join(map(str, recipe.palette)) + ',', 108)
     return '\n'.join(
         [
             'metainfo = dict(',
-            f'    classes=(\n{textwrap.indent(names, " " * 8)}\n    ),',
-            f'    palette=[\n{textwrap.indent(colours, " " * 8)}\n    ],',
+            '    classes=(',
+            *_filled(recipe.classes),
+            '    ),',
+            '    palette=[',
+            *_filled(recipe.palette),
+            '    ],',
             ')',
             f'num_classes = {len(recipe.classes)}',
         ]
     )
+
+
+def _filled(items: Sequence[object]) -> list[str]:
+    """Lines of as many items as fit; textwrap would break within the names."""
+    lines = ['']
+    for item in items:
+        if len(lines[-1]) + len(f' {item!r},') > 110 and lines[-1]:
+            lines.append('')
+        lines[-1] += f' {item!r},' if lines[-1] else f'        {item!r},'
+    return lines
 
 
 def _backbone(recipe: Recipe) -> str:

@@ -11,10 +11,10 @@ import numpy as np
 from mmengine.config import Config
 
 from densekit.cli import check_writable
-from densekit.report.progress import ProgressBar
 from densekit.data.checks import Report, inspect_data
 from densekit.data.faults import Fault, describe
 from densekit.data.own_recipe import BASES, SIZES, Recipe
+from densekit.report.progress import ProgressBar
 
 _PLAIN = ('images', 'image', 'img', 'imgs', 'train', 'train2017', 'data', 'jpegimages', 'photos')
 

@@ -4,7 +4,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from densekit.report.progress import ProgressBar
 from densekit.data.checks import Report
 from densekit.data.describe import class_table, images_by_class, map_picture, palette
 from densekit.data.own_coco import choose
@@ -24,6 +23,7 @@ from densekit.data.own_request import (
     raise_for_errors,
     same_images,
 )
+from densekit.report.progress import ProgressBar
 
 
 def plan_segmentation(request: Request) -> Output:
@@ -84,7 +84,7 @@ def plan_segmentation(request: Request) -> Output:
 
 def _map_classes(request: Request, parts: Sequence[MapData]) -> tuple[str, ...]:
     for data in parts:
-        problem = label_problem(data, request.classes, request.ignore_zero)
+        problem = label_problem(data, request.classes, request.ignore_zero, parts[0].all_values())
         if problem:
             raise WrongData(problem)
     first = int(request.ignore_zero)

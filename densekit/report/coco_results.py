@@ -2,7 +2,6 @@
 
 import json
 import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -10,6 +9,7 @@ from typing import Any, TextIO
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from densekit.files import draft_of
 from densekit.predictor import Detections
 
 # COCO numbers its 80 classes from 1 to 90.
@@ -37,7 +37,7 @@ class CocoResults:
         self._ids = category_ids(classes)
         categories = [{'id': i, 'name': name} for i, name in zip(self._ids, classes, strict=True)]
         self._head = f'"info": {json.dumps(info)},\n"categories": {json.dumps(categories)}'
-        self._draft = self.path.with_name(f'.{self.path.name}-{uuid.uuid4().hex}')
+        self._draft = draft_of(self.path)
         self._file: TextIO | None = None
 
     def add(self, found: Detections | np.ndarray, size: tuple[int, ...], **fields: Any) -> None:
@@ -68,9 +68,12 @@ class CocoResults:
         if self._file is None:
             return
         images = ',\n'.join(json.dumps(image) for image in self.images)
-        self._file.write(f'\n],\n"images": [\n{images}\n]}}\n')
-        self._file.close()
-        self._draft.replace(self.path)
+        try:
+            with self._file:
+                self._file.write(f'\n],\n"images": [\n{images}\n]}}\n')
+            self._draft.replace(self.path)
+        finally:  # a disk that is full
+            self._draft.unlink(missing_ok=True)
 
 
 def category_ids(classes: Sequence[str]) -> list[int]:
@@ -103,7 +106,7 @@ def _regions(label_map: np.ndarray) -> list[dict[str, Any]]:
     return annotations
 
 
-def _run_lengths(mask: np.ndarray) -> dict[str, Any]:
-    encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+def _run_lengths(mask: np.ndarray | dict[str, Any]) -> dict[str, Any]:
+    encoded = mask if isinstance(mask, dict) else coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
     segmentation = {'size': list(encoded['size']), 'counts': encoded['counts'].decode()}
     return {'segmentation': segmentation, 'area': int(coco_mask.area(encoded))}

@@ -4,7 +4,6 @@ Images are RGB, (H, W, 3) uint8; those given are never changed.
 """
 
 import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
+from densekit.files import whole_file
 from densekit.report.fonts import font, readable
 from densekit.report.tags import Tag, around, inside, write_tags
 
@@ -59,13 +59,8 @@ def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
     if path.suffix.lower() != '.png':
         raise ValueError(f'Pictures are written as PNG, but the path given is {path}. End it in .png.')
     check_image(image)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f'.{path.name}-{uuid.uuid4().hex}')
-    try:
+    with whole_file(path) as draft:
         Image.fromarray(np.ascontiguousarray(image)).save(draft, format='PNG')
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def draw_instances(

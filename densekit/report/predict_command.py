@@ -48,7 +48,7 @@ class Run:
     ) -> Iterator[tuple[str, np.ndarray, Detections | np.ndarray, np.ndarray]]:
         """Yields name, image, what was found and its picture; no more than a batch of images is in memory."""
         for batch in _batches(named, self.batch_size):
-            results = self.predictor.batch([image for _, image in batch])
+            results = self.predictor.batch([image for _, image in batch], drawn=False)
             batch.reverse()
             results.reverse()
             while batch:  # let go of each once it is written
@@ -92,6 +92,8 @@ def predict(
     with user_errors():
         if batch_size < 1:
             raise ValueError(f'--batch-size {batch_size}: give 1 or more')
+        if not 0 <= score_thr <= 1:
+            raise ValueError(f'--score-thr {score_thr:g}: scores are from 0 to 1')
         check_writable(out, '--out')
         paths, problems = find_files(inputs)
         names = _output_names(paths)
@@ -99,11 +101,12 @@ def predict(
         predictor = Predictor(config, checkpoint, device=device, options=options)
     run = Run(predictor, Path(out), score_thr, batch_size, {'config': config, 'checkpoint': checkpoint})
     videos = [path for path in paths if Path(path).suffix.lower() in video.SUFFIXES]
-    _predict_images(run, {path: name for path, name in names.items() if path not in videos})
-    for path in videos:
-        _predict_video(run, path, names[path])
+    with user_errors():  # a disk that is full, a model that gives something else
+        _predict_images(run, {path: name for path, name in names.items() if path not in videos})
+        for path in videos:
+            _predict_video(run, path, names[path])
     run.bar.clear()
-    _tell(run, len(paths) + len(problems), problems, time.monotonic() - start)
+    _tell(run, len(paths), problems, time.monotonic() - start)
 
 
 def find_files(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -117,7 +120,10 @@ def find_files(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
     problems: list[str] = []
     for given in inputs:
         if Path(given).is_dir():
-            found = sorted(str(path) for path in Path(given).iterdir() if _is_known(path))
+            try:
+                found = sorted(str(path) for path in Path(given).iterdir() if _is_known(path))
+            except OSError as error:
+                raise ValueError(f'Folder {given} cannot be read: {error.strerror}') from error
             problem = f'Folder {given} holds no image or video; for those in folders below it, give {given}/**/*.jpg'
         elif not Path(given).exists() and glob.has_magic(given):
             found = sorted(path for path in glob.glob(given, recursive=True) if _is_known(Path(path)))
@@ -206,11 +212,14 @@ def _predict_video(run: Run, path: str, name: str) -> None:
 
 def _tell(run: Run, given: int, problems: Sequence[str], seconds: float) -> None:
     """Prints what was done; raises UserError if something could not be read."""
-    unreadable = [*run.unreadable, *problems]
     if run.images:
         objects = '' if run.predictor.is_segmentor else f', {run.objects:,} objects of score {run.score_thr:g} and more'
         lines = [f'{run.images:,} images and frames{objects}, in {seconds:.1f} s: {run.out}', *run.remarks]
         sys.stdout.write('\n'.join(lines) + '\n')
-    if unreadable:
-        done = f'The other {given - len(unreadable)} are in {run.out}.' if run.images else 'Nothing was predicted.'
-        raise UserError('\n'.join([f'{len(unreadable)} of {given} images could not be read. {done}', *unreadable]))
+    lines = [*run.unreadable, *problems]
+    if lines:
+        what = f'{len(lines)} of {given + len(problems)} images could not be read.'
+        if not run.unreadable:
+            what = f'Folders and patterns given without an image: {len(problems)}.'
+        done = f'The other {given - len(run.unreadable)} are in {run.out}.' if run.images else 'Nothing was predicted.'
+        raise UserError('\n'.join([f'{what} {done}', *lines]))

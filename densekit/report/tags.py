@@ -71,7 +71,7 @@ def write_tags(picture: np.ndarray, tags: Sequence[Tag]) -> np.ndarray:
     left_out = sum(not write(tag, MAX_COVERED) for tag in tags)
     if left_out:
         corners = around(np.array([0, 0, width - 1, height - 1]))
-        write(Tag(f'{left_out} names without room', (40, 40, 40), corners), 1)
+        write(Tag(f'{left_out} name{"s" * (left_out > 1)} without room', (40, 40, 40), corners), 1)
     return np.array(canvas)
 
 

@@ -1,12 +1,13 @@
 """Video files: frames in, pictures out. Frames are RGB, (H, W, 3) uint8."""
 
 import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
+
+from densekit.files import draft_of
 
 SUFFIXES = frozenset({'.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv'})
 
@@ -63,7 +64,7 @@ class VideoWriter:
 
     def __init__(self, path: str | os.PathLike, rate: float) -> None:
         self.path, self.rate = Path(path), rate
-        self._draft = self.path.with_name(f'.{uuid.uuid4().hex}-{self.path.name}')
+        self._draft = draft_of(self.path)
         self._writer: cv2.VideoWriter | None = None
         self._size = (0, 0)
 
@@ -96,4 +97,7 @@ class VideoWriter:
     def __exit__(self, *_: object) -> None:
         if self._writer is not None:
             self._writer.release()
-            self._draft.replace(self.path)
+            try:
+                self._draft.replace(self.path)
+            finally:
+                self._draft.unlink(missing_ok=True)

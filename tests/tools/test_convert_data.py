@@ -269,6 +269,17 @@ def test_colours(tool, tmp_path, capsys):
     assert 'is there already' in capsys.readouterr().err
 
 
+def test_shades_of_grey_keep_their_order(tool, tmp_path, capsys):
+    labels = np.full((4, 4), 255, np.uint8)
+    labels[0, :3] = 0, 100, 100
+    (tmp_path / 'maps').mkdir()
+    Image.fromarray(labels).save(tmp_path / 'maps/a.png')
+    assert tool('convert_data', 'colours', '--annotations', tmp_path / 'maps', '--out', tmp_path / 'labels') == 0
+    assert '2  was (255, 255, 255), 81.25 % of the pixels' in capsys.readouterr().out
+    with Image.open(tmp_path / 'labels/a.png') as image:
+        np.testing.assert_array_equal(np.asarray(image), np.searchsorted([0, 100, 255], labels))
+
+
 @pytest.mark.parametrize(
     ('suffix', 'said'), [('.jpg', 'JPEG files do not keep the colours'), ('.png', 'more than 255')]
 )

@@ -13,8 +13,9 @@ from PIL import Image
 
 from densekit.cli import UserError
 from densekit.data import new_config as command
-from densekit.data import own_detection
+from densekit.data import own_detection, own_segmentation
 from densekit.data.own_coco import choose
+from densekit.data.own_maps import MapData, label_problem
 from densekit.data.own_recipe import BASES, SIZES, Part, Recipe, config_text, plan
 from densekit.data.own_request import Request
 from densekit.engine.config import load_config
@@ -91,11 +92,12 @@ def test_detection(tool, photos, capsys):
     assert len(text.splitlines()) < 80
     assert '--annotations photos.json --size n --out my.py' in ast.get_docstring(ast.parse(text))
     # The next commands name the checkpoint that the training ends with.
-    assert f'test.py my.py work_dirs/my/iter_{cfg.max_iters}.pth' in shown
+    assert f'predict.py my.py work_dirs/my/iter_{cfg.max_iters}.pth' in shown
+    assert 'report.py work_dirs/my\n' in shown
     assert cfg.max_iters % cfg.default_hooks.checkpoint.interval == 0
     assert [line.split()[1].rpartition('/')[2] for line in shown[shown.index('Next:') :].splitlines()[1:]] == [
         'train.py',
-        'test.py',
+        'report.py',
         'predict.py',
     ]
     assert tool('train', 'my.py', '--dry-run', *NO_WEIGHTS) == 0
@@ -304,6 +306,13 @@ def other_suffix():
 MAP_MISTAKES = {
     'RGB': (each_map(coloured), [], 1, 'RGB pixels; labels need one channel, or a palette'),
     '0 and 255': (each_map(grey), [], 1, 'hold only 0 and 255, which is never learned or scored'),
+    '0 and 255, with names': (
+        each_map(grey),
+        ['--classes', 'background', 'thing'],
+        1,
+        'If 255 is a class, `tools/convert_data.py colours --annotations labels --out NEW_FOLDER` writes 0 as 0, '
+        '255 as 1',
+    ),
     'shades': (each_map(shades), [], 1, 'look like shades of grey and not like numbers of classes'),
     'fewer names': (nothing, ['--classes', 'a', 'b'], 1, 'the 2 names given are for 0 to 1'),
     'no pairs': (elsewhere, [], 2, 'no label map in labels has the name of an image in pictures'),
@@ -323,6 +332,34 @@ def test_mistakes_with_label_maps(tool, maps, capsys, mistake):
     shown = capsys.readouterr()
     assert said in (shown.err if status == 2 else shown.out)
     assert not list(Path().glob('*.py'))
+
+
+def test_masks_of_0_and_255_as_the_message_says(tool, maps, capsys, monkeypatch):
+    """Although 255 is on most pixels, it becomes the second class; without the check it would never be learned."""
+    each_map(lambda labels: Image.fromarray(np.where(labels == 1, 0, 255).astype(np.uint8)))()
+    given = ['--images', 'pictures', '--classes', 'background', 'thing']
+    with monkeypatch.context() as patch:
+        patch.setattr(own_segmentation, 'label_problem', lambda *_: '')
+        assert tool('new_config', *given, '--masks', 'labels', '--out', 'wrong.py') == 0
+    assert 'thing' in capsys.readouterr().out and Path('wrong.py').exists()
+    assert tool('new_config', *given, '--masks', 'labels', '--out', 'my.py') == 1
+    assert not Path('my.py').exists()
+    assert tool('convert_data', 'colours', '--annotations', 'labels', '--out', 'numbers') == 0
+    assert tool('new_config', *given, '--masks', 'numbers', '--out', 'my.py') == 0
+    for path in Path('labels').iterdir():
+        with Image.open(path) as before, Image.open(Path('numbers', path.name)) as after:
+            np.testing.assert_array_equal(np.asarray(after), np.asarray(before) == 255)
+
+
+def test_one_class_suffices_in_the_maps_to_validate():
+    def data(*values):
+        return MapData('images', 'maps', ['a'], ('.jpg', '.png'), {'a': values})
+
+    names = ('background', 'thing')
+    assert 'only 0 and 255' in label_problem(data(0, 255), names, False)
+    assert label_problem(data(0, 255), names, False, learned={0, 1}) == ''
+    assert label_problem(data(0, 1, 255), names, False) == ''
+    assert 'writes 0 as 0, 1 as 1, 255 as 2' in label_problem(data(0, 1, 255), names, True)
 
 
 def test_without_the_check_a_config_is_written_for_wrong_data(tool, photos, monkeypatch):

@@ -483,13 +483,14 @@ def test_wrong_usage(tool, capsys, tmp_path, monkeypatch, argv, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_results_of_other_data_are_refused(page, work_dir, truth, tmp_path):
+def test_results_of_other_data_are_refused(tool, capsys, work_dir, truth, tmp_path):
     rows = perfect(truth)
     rows[0]['image_id'] = 99
-    made = page(work_dir(), '--results', written(tmp_path / 'found.json', rows))
-    assert 'has results for image 99, which is not in the validation set' in made.sections['scores']
-    made = page(tmp_path / 'run', '--results', tmp_path / 'nothing.json')
-    assert 'nothing.json: expected' in made.sections['scores']
+    assert tool('report', work_dir(), '--results', written(tmp_path / 'found.json', rows)) == 2
+    assert 'has results for image 99, which is not in the validation set' in capsys.readouterr().err
+    assert tool('report', tmp_path / 'run', '--results', tmp_path / 'nothing.json') == 2
+    assert 'nothing.json: expected' in capsys.readouterr().err
+    assert not (tmp_path / 'run/report.html').exists()
 
 
 def test_pictures_are_bounded():

@@ -119,7 +119,7 @@ def test_a_checkpoint_that_cannot_be_used(mistake, tiny, weights):
     assert 'checkpoint cut.pth cannot be used: it is truncated' in mistake('train', tiny.det, '--resume=cut.pth')
 
     said = mistake('test', tiny.seg, weights)
-    assert f'checkpoint {weights} does not fit the EncoderDecoder of this config; nothing was loaded' in said
+    assert f'checkpoint {weights} does not fit the BatchedSlideEncoderDecoder of this config; nothing was loaded' in said
     assert 'missing in the file: decode_head.' in said
     assert 'unknown to the model: neck.' in said
     assert 'Give the config that the checkpoint was trained with' in said
@@ -140,6 +140,24 @@ def test_weights_of_the_backbone_that_cannot_be_had(mistake, tiny, weights, monk
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: 'cache')
     said = mistake('train', MASK_RCNN)
     assert 'convnext_tiny_1k_224.pth cannot be downloaded (no network). Put the file at cache/checkpoints/' in said
+
+
+def test_weights_that_have_to_be_made_first(mistake, tmp_path):
+    """The config says how; one that inherits it gets the same message. A file that is there goes to its reader."""
+    recipe = ROOT / 'configs/segmentation/upernet_vit_s_ade20k.py'
+    Path('mine.py').write_text(f'_base_ = {str(recipe)!r}\nmodel = dict(backbone=dict(num_layers=12))\n')
+    for config in (recipe, 'mine.py'):
+        said = mistake('train', config)
+        assert said.startswith('model.backbone.init_cfg: checkpoint pretrain/deit_small_mmseg.pth does not exist.')
+        _, command, address, other = said.splitlines()
+        assert 'tools/model_converters/vit2mmseg.py' in command
+        assert f'{command}\n{address}' in recipe.read_text()
+        assert '--cfg-options model.backbone.init_cfg.checkpoint=FILE' in other
+    said = mistake('train', recipe, '--cfg-options', 'model.backbone.init_cfg.checkpoint=other.pth')
+    assert said.startswith('model.backbone.init_cfg: checkpoint other.pth does not exist. The file may lie elsewhere')
+    Path('pretrain').mkdir()
+    Path('pretrain/deit_small_mmseg.pth').write_bytes(b'no weights')
+    assert mistake('train', recipe).startswith('checkpoint pretrain/deit_small_mmseg.pth')
 
 
 def test_weights_of_the_backbone_are_not_fetched_when_others_replace_them(tool, tiny, weights, tmp_path):

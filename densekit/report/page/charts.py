@@ -79,7 +79,7 @@ def line_chart(
         data_frame=json.dumps([LEFT if not small else 4, frame.left, frame.right, *xs, frame.bottom, frame.top, *ys]),
         data_labels=json.dumps([x_label, y_label]),
     )
-    legend = Html('') if small else _legend([line for line in lines if line.name])
+    legend = Html('') if small else _legend([line for line in lines if line.name and any(map(math.isfinite, line.ys))])
     return tag('figure', tag('figcaption', title), svg, legend, class_='chart small' if small else 'chart')
 
 

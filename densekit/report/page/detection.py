@@ -13,7 +13,8 @@ from pycocotools import mask as coco_mask
 from densekit.data.class_order import ids_by_name
 from densekit.evaluation import coco_engine
 from densekit.evaluation.coco import summary
-from densekit.report.page.gallery import Shown, palette_of, worst_and_best
+from densekit.predictor import colours_for
+from densekit.report.page.gallery import Shown, worst_and_best
 from densekit.report.page.markup import MAX_SIDE, shrink
 from densekit.report.page.predictions import Predictions, annotation_file
 from densekit.report.pictures import draw_instances, read_image
@@ -116,7 +117,7 @@ def detection(predictions: Predictions, score_thr: float) -> Detection:
     category_ids = ids_by_name(classes, truth.cats.values())
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
     image_ids = [info['img_id'] for info in infos]
-    rows = json.loads(predictions.path.read_text(encoding='utf-8'))
+    rows = _rows(predictions.path)
     _check(rows, image_ids, category_ids, str(predictions.path))
     annotations = _by_image(truth, image_ids, category_ids)
     counts = Counter(a['category_id'] for found in annotations.values() for a in found if not a.get('iscrowd'))
@@ -135,6 +136,17 @@ def detection(predictions: Predictions, score_thr: float) -> Detection:
         _add_errors(made, truth, rows, image_ids, category_ids)
     _add_images(made, dataset, infos, truth, annotations, rows, category_ids)
     return made
+
+
+def _rows(path: Path) -> list[dict]:
+    keys = {'image_id', 'category_id', 'bbox', 'score'}
+    try:
+        rows = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{path} is no JSON: {error}') from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and keys <= row.keys() for row in rows):
+        raise ValueError(f"{path} is not COCO's file of results, a list of objects with {', '.join(sorted(keys))}")
+    return rows
 
 
 def _check(rows: Sequence[dict], image_ids: Sequence, category_ids: Sequence, file: str) -> None:
@@ -219,7 +231,7 @@ def _add_images(
         for i, info in enumerate(infos)
     ]
     made.found = sorted(found, key=lambda f: (f.f1, f.hits - f.false - f.missed, f.hits, f.overlap))
-    palette = palette_of(dataset, len(made.classes))
+    palette = colours_for(made.classes, dataset.metainfo.get('palette'))
     labels = {id_: label for label, id_ in enumerate(category_ids)}
 
     def shown(place: int) -> Shown:

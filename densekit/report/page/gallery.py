@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -58,10 +57,3 @@ def worst_and_best(worst_first: Sequence[int]) -> tuple[list[int], list[int]]:
     """The ends of a ranking; no image is in both."""
     half = min(SHOWN, (len(worst_first) + 1) // 2)
     return list(worst_first[:half]), list(reversed(worst_first[max(half, len(worst_first) - SHOWN) :]))
-
-
-def palette_of(dataset: Any, number: int) -> list[Any]:
-    """A colour for each of ``number`` classes: the data set's own, then others, the same ones every time."""
-    palette = list(dataset.metainfo.get('palette') or [])[:number]
-    missing = number - len(palette)
-    return palette + np.random.default_rng(0).integers(40, 255, (missing, 3)).tolist()

@@ -2,15 +2,15 @@
 
 import base64
 import hashlib
-import os
 import sys
-import uuid
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 from densekit.cli import UserError, check_writable, user_errors
 from densekit.engine.launch import run_errors
+from densekit.files import write_whole
+from densekit.predictor import device_of
 from densekit.report.page.detection import Detection, detection
 from densekit.report.page.markup import Html, join, note, number, table, tag
 from densekit.report.page.predictions import predictions
@@ -66,8 +66,8 @@ def report(
         The file.
 
     Raises:
-        UserError: if something given cannot be used. That a run cannot be evaluated is said in the page and on
-            standard error.
+        UserError: if something given cannot be used, such as a checkpoint or results of something else. That the
+            newest checkpoint cannot be evaluated is said in the page and on standard error.
     """
     with user_errors():
         path = Path(out) if out is not None else Path(folders[0], 'report.html')
@@ -80,14 +80,20 @@ def report(
             for folder, title, name, checkpoint in zip(folders, titles, names, given, strict=True)
         ]
         check_writable(str(path.parent), '--out')
+        if device is not None:
+            device_of(device)
     evaluations = []
     files: list[str | None] = [*results] or [None] * len(runs)
     for run, result in zip(runs, files, strict=True):
         evaluation = _evaluate(run, images, result, score_thr, device)
+        if isinstance(evaluation, str) and (result is not None or (checkpoints and images)):
+            why = 'because this was asked for by --checkpoint or --results'
+            raise UserError(f'{run.name}: {evaluation}\nNo page is written, {why}.')
         if isinstance(evaluation, str):
             sys.stderr.write(f'{run.name} is not evaluated: {evaluation}\n')
         evaluations.append(evaluation)
-    _write(path, page(runs, evaluations))
+    with user_errors():
+        write_whole(path, page(runs, evaluations))
     return path
 
 
@@ -203,14 +209,3 @@ def _check(
         raise ValueError(f'--images is {images}, --score-thr {score_thr}; give 0 or more, and 0 to 1')
     if path.is_dir():
         raise ValueError(f'--out {path} is a folder; give the name of a file for the page')
-
-
-def _write(path: Path, content: str) -> None:
-    """Whoever reads the file meanwhile sees the old page or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f'.{path.name}-{uuid.uuid4().hex}')
-    try:
-        draft.write_text(content, encoding='utf-8')
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)

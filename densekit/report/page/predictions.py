@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import DATASETS, init_default_scope
 
-from backbones.files import read_checkpoint
 from densekit.engine.config import load_config
 from densekit.engine.runner import DensekitRunner
-from densekit.engine.weights import fitting_weights
+from densekit.files import write_whole
+from densekit.predictor import device_of, load_model, run_lengths
 from densekit.report.page.run_folder import Run
 from densekit.report.progress import ProgressBar
 
@@ -81,11 +81,19 @@ def predictions(run: Run, images: int, results: str | None = None, device: str |
     path = run.folder / FOLDER / (DETECTIONS if is_detection else LABEL_MAPS)
     facts = _facts(run, len(dataset), total)
     facts_file = run.folder / FOLDER / FACTS
-    if not path.exists() or not facts_file.is_file() or json.loads(facts_file.read_text('utf-8')) != facts:
+    if not path.exists() or _kept(facts_file) != facts:
         facts_file.unlink(missing_ok=True)
         (_detect if is_detection else _segment)(cfg, str(run.checkpoint), dataset, path, device)
-        facts_file.write_text(json.dumps(facts, indent=1) + '\n', encoding='utf-8')
+        write_whole(facts_file, json.dumps(facts, indent=1) + '\n')
     return Predictions(cfg, dataset, total, path, run.checkpoint.name)
+
+
+def _kept(file: Path) -> Any:
+    """What an earlier report wrote; None if it did not, or was killed while it did."""
+    try:
+        return json.loads(file.read_text('utf-8'))
+    except (OSError, ValueError):
+        return None
 
 
 def annotation_file(dataset: Any) -> str:
@@ -103,6 +111,9 @@ def annotation_file(dataset: Any) -> str:
 def _given(cfg: Config, dataset: Any, total: int, path: Path) -> Predictions:
     if not path.exists() or not (path.is_dir() or path.suffix == '.json'):
         raise FileNotFoundError(f"--results {path}: expected COCO's file of results (.json) or a folder of label maps")
+    if path.is_dir() == (cfg.get('default_scope') != 'mmseg'):
+        wanted = 'a folder of label maps' if cfg.get('default_scope') == 'mmseg' else "COCO's file of results (.json)"
+        raise ValueError(f'--results {path}: the run is of another kind; give {wanted}')
     return Predictions(cfg, dataset, total, path, str(path))
 
 
@@ -122,14 +133,11 @@ def _facts(run: Run, images: int, total: int) -> dict[str, Any]:
 
 def _samples(cfg: Config, checkpoint: str, dataset: Any, device: str | None) -> Any:
     """Yields batches of the model's output."""
-    where = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    model = MODELS.build({**cfg.model, 'init_cfg': None})
-    model.load_state_dict(fitting_weights(checkpoint, read_checkpoint(checkpoint), model))
-    model = model.to(where).eval()
+    model, _ = load_model(cfg, checkpoint, device_of(device))
     loader = DensekitRunner.build_dataloader({**cfg.val_dataloader, 'dataset': dataset})
     bar, done = ProgressBar(), 0
     for batch in loader:
-        with torch.no_grad():
+        with torch.no_grad(), run_lengths(model):
             samples = model.test_step(batch)
         yield [sample.to_dict() for sample in samples]
         done += len(samples)

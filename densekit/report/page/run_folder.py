@@ -61,7 +61,8 @@ def read_run(folder: Path, title: str, name: str, checkpoint: str | None = None)
         FileNotFoundError: if there is no such folder or checkpoint, or the folder is of no run.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f'work folder {folder} does not exist; give the --work-dir of a run of tools/train.py')
+        problem = 'is a file' if folder.exists() else 'does not exist'
+        raise FileNotFoundError(f'work folder {folder} {problem}; give the --work-dir of a run of tools/train.py')
     if checkpoint is not None and not Path(checkpoint).exists():
         raise FileNotFoundError(f'--checkpoint {checkpoint} does not exist; {folder} has {_checkpoints(folder)}')
     run = Run(title, name, folder)
@@ -108,11 +109,12 @@ def _assigned(text: str, name: str) -> ast.expr | None:
 def names_of(folders: Sequence[Path]) -> list[str]:
     """Names of folders, with as many of their parents as it takes to tell them apart."""
     parts = [folder.resolve().parts for folder in folders]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ['/'.join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f'{name} ({i + 1})' for i, name in enumerate(names)]
+    if len(set(parts)) < len(parts):  # two checkpoints of one run
+        return [f'{part[-1]} ({i + 1})' for i, part in enumerate(parts)]
+    depth = 1
+    while len({part[-depth:] for part in parts}) < len(parts):
+        depth += 1
+    return ['/'.join(part[-depth:]) for part in parts]
 
 
 def _config(folder: Path) -> Path | None:

@@ -304,7 +304,8 @@ def _health(title: str, found: Detection) -> Html:
     )
     if not problems:
         return tag('p', f'{line} hotcoco finds no fault.')
-    return tag('div', tag('p', line), fold(f'{len(problems)} remarks of hotcoco', tag('ul', *problems[:50])))
+    told = f'{len(problems)} remark{"s" * (len(problems) > 1)} of hotcoco'
+    return tag('div', tag('p', line), fold(told, tag('ul', *problems[:50])))
 
 
 def _told(problem: object) -> str:

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from densekit.evaluation.iou import class_scores, label_counts
-from densekit.report.page.gallery import Shown, palette_of, worst_and_best
+from densekit.predictor import colours_for
+from densekit.report.page.gallery import Shown, worst_and_best
 from densekit.report.page.markup import MAX_SIDE, shrink
 from densekit.report.page.predictions import Predictions
 from densekit.report.pictures import draw_label_map, read_image
@@ -113,7 +114,7 @@ def _counts(path: Path, truth: np.ndarray, predicted: np.ndarray, num_classes: i
 def _shown(predictions: Predictions, made: Segmentation, index: int, ignore_index: int) -> Shown:
     path, truth, predicted = _maps(predictions, index)
     image = shrink(read_image(path), MAX_SIDE)
-    palette = palette_of(predictions.dataset, len(made.classes))
+    palette = colours_for(made.classes, predictions.dataset.metainfo.get('palette'))
 
     def draw(labels: np.ndarray) -> np.ndarray:
         small = shrink(labels.astype(np.int16), MAX_SIDE, smooth=False)

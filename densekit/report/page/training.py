@@ -14,7 +14,8 @@ from densekit.report.page.run_folder import Run, batch, config_text
 MAX_PARTS = 6  # of a loss in one chart
 MAX_RATES = 16  # lines of learning rates
 NO_LOG = 'No training was logged in this folder.'
-METRICS = {'bbox_mAP': 'box AP', 'segm_mAP': 'mask AP', 'mIoU': 'mIoU (%)'}
+NO_VALIDATION = 'No validation was logged.'
+METRICS = {'bbox_mAP': ('box AP (%)', 100), 'segm_mAP': ('mask AP (%)', 100), 'mIoU': ('mIoU (%)', 1)}
 
 
 def loss_section(runs: Sequence[Run]) -> Html:
@@ -46,15 +47,16 @@ def validation_section(runs: Sequence[Run]) -> Html:
     """What validations during the training measured."""
     keys = list(dict.fromkeys(key for run in runs for key in _metrics(run)))
     if not keys:
-        return section('validation', 'Validation during training', note('No validation was logged.'))
+        return section('validation', 'Validation during training', note(NO_VALIDATION))
     chart_keys = [key for key in keys if key.rpartition('/')[2] in METRICS] or keys[:1]
     charts = []
     for key in chart_keys:
         lines = []
+        name, factor = METRICS.get(key.rpartition('/')[2], (key, 1))
         for place, run in enumerate(runs):
             xs, ys = series(run.validation, key, 'iter')
+            ys = [factor * y if y >= 0 or factor == 1 else math.nan for y in ys]  # -1: nothing to measure
             lines.append(Line(run.title if len(runs) > 1 else key, xs, ys, place + 1, dash=place, dots=True))
-        name = METRICS.get(key.rpartition('/')[2], key)
         charts.append(line_chart(name, lines, 'iteration', name))
     tables = [
         table(f'{run.title}: as logged', ['step', *_metrics(run)], [_validation_row(run, r) for r in run.validation])
@@ -62,7 +64,11 @@ def validation_section(runs: Sequence[Run]) -> Html:
         if run.validation
     ]
     return section(
-        'validation', 'Validation during training', side_by_side(*charts), fold('The values as a table', *tables)
+        'validation',
+        'Validation during training',
+        *(note(f'{run.title}: {NO_VALIDATION}') for run in runs if not _metrics(run)),
+        side_by_side(*charts),
+        fold('The values as a table', *tables),
     )
 
 
