@@ -13,10 +13,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from mmengine.logging import print_log
-from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from backbones.layers import NORMS
 
@@ -69,6 +71,20 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         ValueError: if an option is unknown or out of range, if ``num_layers`` contradicts the backbone, if a custom
             key matches no parameter, if a scale exceeds 1, or if the model has no backbone that knows its depths.
     """
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        """Builds the optimizer and its wrapper.
+
+        What is loaded into the optimizer later leaves ``fused`` and ``foreach`` as the config has them: a run goes on
+        from a checkpoint of a run without them, and the other way round.
+
+        Args:
+            model: wrapped or not.
+        """
+        wrapper = super().__call__(model)
+        wrapper.optimizer.register_load_state_dict_pre_hook(_keep_implementation)
+        wrapper.optimizer.register_step_pre_hook(_match_strides)
+        return wrapper
 
     def _validate_cfg(self) -> None:
         cfg = self.paramwise_cfg
@@ -180,6 +196,37 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             if key in name:
                 return key, custom[key].get('lr_mult', 1.0), custom[key].get('decay_mult', 1.0)
         return '', 1.0, 1.0
+
+
+def _keep_implementation(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A state for ``load_state_dict`` that leaves to the optimizer how it computes, not what."""
+    own = optimizer.param_groups[0]
+    how = {key: own[key] for key in ('fused', 'foreach') if key in own}
+    return {**state, 'param_groups': [{**group, **how} for group in state['param_groups']]}
+
+
+def _match_strides(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Lays out gradients and states as their parameters are.
+
+    A fused step goes through memory without a look at strides: with others it mixes up numbers and says nothing (torch
+    2.11, CPU). Autograd gives gradients their parameter's strides; a checkpoint's may be of another memory format.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group['params'] if group.get('fused') else ():
+            if parameter.grad is None:
+                continue
+            strides = _strides(parameter)
+            if _strides(parameter.grad) != strides:
+                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+            state = optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape and _strides(value) != strides:
+                    state[key] = torch.empty_like(parameter).copy_(value)
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Those that matter: along a side of 1 there is no step."""
+    return x.stride() if 1 not in x.shape else tuple(s for s, n in zip(x.stride(), x.shape, strict=True) if n != 1)
 
 
 def _clean(name: str) -> str:

@@ -1,6 +1,7 @@
 """From nothing to a trained, evaluated and pictured detector and segmentor: ``make demo``.
 
-Runs the tools as a user would, on generated data, without a GPU. Results go to work_dirs/demo.
+Runs the tools as a user would, on generated data, without a GPU. Results go to work_dirs/demo. Given two cores or more,
+the two models train side by side, on half of the cores each: small models make poor use of several threads.
 """
 
 import json
@@ -9,6 +10,8 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +30,21 @@ def main() -> int:
     if not Path(DETECTION).is_file():
         print('error: run the demo from the folder of the densekit checkout, where configs/ lies')
         return 1
+    started = time.monotonic()
+    side_by_side = _cores() > 1
+    threads = max(_cores() // 2, 1)
+    where = f'side by side, {threads} of {_cores()} cores each' if side_by_side else 'one after the other'
+    print(f'\n== Mask R-CNN and UperNet on the same generated shapes, {where}', flush=True)
+    running: list[subprocess.Popen] = []
     try:
-        started = time.monotonic()
-        for title, task, config in (
-            ('Mask R-CNN on generated shapes', 'detection', DETECTION),
-            ('UperNet on the same images', 'segmentation', SEGMENTATION),
-        ):
-            print(f'\n== {title}', flush=True)
-            _run('tools/train.py', config, '--work-dir', str(OUT / task))
-            checkpoint = (OUT / task / 'last_checkpoint').read_text().strip()
-            _run('tools/test.py', config, checkpoint, '--work-dir', str(OUT / task), '--out', str(_metrics_file(task)))
+        _all(
+            [
+                lambda: _train_and_test('detection', DETECTION, threads, running),
+                lambda: _train_and_test('segmentation', SEGMENTATION, threads, running),
+            ],
+            side_by_side,
+            running,
+        )
     except subprocess.CalledProcessError as error:
         print(
             f'\nerror: {" ".join(error.cmd)} ended with status {error.returncode}; its output is in {_log(error.cmd)}'
@@ -53,23 +61,60 @@ def main() -> int:
     return 0
 
 
-def _run(tool: str, *arguments: str) -> None:
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def _all(jobs: Sequence[Callable[[], None]], side_by_side: bool, running: list[subprocess.Popen]) -> None:
+    """Does all jobs; when one fails, ends what the others run and raises its error."""
+    if not side_by_side:
+        for job in jobs:
+            job()
+        return
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        futures = [pool.submit(job) for job in jobs]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in done:
+            if future.exception() is not None:
+                for process in running:
+                    process.terminate()
+                future.result()
+
+
+def _train_and_test(task: str, config: str, threads: int, running: list[subprocess.Popen]) -> None:
+    work_dir = str(OUT / task)
+    _run(running, task, threads, 'tools/train.py', config, '--work-dir', work_dir)
+    checkpoint = (OUT / task / 'last_checkpoint').read_text().strip()
+    out = str(_metrics_file(task))
+    _run(running, task, threads, 'tools/test.py', config, checkpoint, '--work-dir', work_dir, '--out', out)
+
+
+def _run(running: list[subprocess.Popen], task: str, threads: int, tool: str, *arguments: str) -> None:
     """Runs a tool, keeps all of its output in a file and shows the lines that matter."""
     command = [sys.executable, tool, *arguments]
-    print('$ python ' + ' '.join(command[1:]), flush=True)
+    _say(task, '$ python ' + ' '.join(command[1:]))
     log = _log(command)
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
         log.open('w', encoding='utf-8') as file,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_env()) as process,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_env(threads)
+        ) as process,
     ):
+        running.append(process)
         assert process.stdout is not None
         for line in process.stdout:
             file.write(line)
             shown = _shown(line)
             if shown:
-                print('  ' + shown, flush=True)
+                _say(task, shown)
+    running.remove(process)
     _check_status(command, process.returncode)
+
+
+def _say(task: str, text: str) -> None:
+    print(f'{task:<12}  {text}\n', end='', flush=True)  # in one piece: two threads write
 
 
 def _check_status(command: list[str], status: int) -> None:
@@ -77,8 +122,8 @@ def _check_status(command: list[str], status: int) -> None:
         raise subprocess.CalledProcessError(status, command)
 
 
-def _env() -> dict[str, str]:
-    return {**os.environ, 'PYTHONUNBUFFERED': '1'}
+def _env(threads: int) -> dict[str, str]:
+    return {'OMP_NUM_THREADS': str(threads), **os.environ, 'PYTHONUNBUFFERED': '1'}
 
 
 def _log(command: list[str]) -> Path:

@@ -6,7 +6,9 @@ custom_imports = dict(
         'densekit.ops',
         'backbones',
         'densekit.engine',
+        'densekit.models.label_maps',
         'densekit.models.slide',
+        'densekit.models.uper_head',
         'densekit.data',
         'densekit.evaluation',
     ],
@@ -22,6 +24,7 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=16000, max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
+    label_maps=dict(type='LabelMapsHook'),  # logits that nothing looks at are not kept
 )
 env_cfg = dict(
     cudnn_benchmark=True,  # every crop has the same size

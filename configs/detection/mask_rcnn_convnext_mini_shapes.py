@@ -52,7 +52,7 @@ param_scheduler = [
 optim_wrapper = dict(
     type='OptimWrapper',
     constructor='LayerDecayOptimWrapperConstructor',
-    optimizer=dict(type='AdamW', lr=0.003, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=0.003, betas=(0.9, 0.999), weight_decay=0.05, fused=True),
     paramwise_cfg=dict(decay_rate=1.0, decay_type='layer_wise'),  # from random weights every layer learns alike
     clip_grad=dict(max_norm=5.0),
 )

@@ -29,7 +29,7 @@ optim_wrapper = dict(
     type='AutocastOptimWrapper',
     constructor='LayerDecayOptimWrapperConstructor',
     # half of mask_rcnn_convnext_t_coco's for a quarter of its batch
-    optimizer=dict(type='AdamW', lr=0.00005, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=0.00005, betas=(0.9, 0.999), weight_decay=0.05, fused=True),
     paramwise_cfg=dict(decay_rate=0.8, decay_type='layer_wise'),
 )
 auto_scale_lr = dict(enable=False, base_batch_size=4)

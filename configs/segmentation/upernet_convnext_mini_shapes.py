@@ -21,7 +21,13 @@ model = dict(
         # Fan-in initialization: branches this narrow start asleep at the papers' standard deviation of 0.02.
         init_cfg=dict(_delete_=True, type='Kaiming', layer=['Conv2d', 'Linear'], mode='fan_in', nonlinearity='linear'),
     ),
-    decode_head=dict(in_channels=[24, 48, 96, 192], channels=64, dropout_ratio=0.0, num_classes=num_classes),
+    decode_head=dict(
+        channels_last=True,  # faster on a CPU, with so few channels
+        in_channels=[24, 48, 96, 192],
+        channels=64,
+        dropout_ratio=0.0,
+        num_classes=num_classes,
+    ),
     auxiliary_head=dict(in_channels=96, channels=64, dropout_ratio=0.0, num_classes=num_classes),
     test_cfg=dict(_delete_=True, mode='whole'),
 )
@@ -37,7 +43,7 @@ param_scheduler = [
 optim_wrapper = dict(
     type='OptimWrapper',
     constructor='LayerDecayOptimWrapperConstructor',
-    optimizer=dict(type='AdamW', lr=0.003, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=0.003, betas=(0.9, 0.999), weight_decay=0.05, fused=True),
     paramwise_cfg=dict(decay_rate=1.0, decay_type='stage_wise'),  # from random weights every layer learns alike
     clip_grad=dict(max_norm=5.0),
 )

@@ -1,6 +1,6 @@
-"""Masks that are scored as run lengths, without drawing each over the whole image first."""
+"""A mask head that learns from targets made on the device, and whose masks are scored as run lengths, undrawn."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,14 @@ from mmdet.evaluation import CocoMetric
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 
 from densekit.evaluation.rle import RleMasks, paste
+from densekit.models.mask_targets import mask_targets
 
 
 @MODELS.register_module()
 class RleMaskHead(FCNMaskHead):
-    """mmdet's FCNMaskHead, which can give its masks as run lengths, to the pixel the same.
+    """mmdet's FCNMaskHead, whose targets stay on the device, and which can give its masks as run lengths.
+
+    Both are the same, targets to the bit and masks to the pixel.
 
     The arguments are those of mmdet's class.
 
@@ -30,6 +33,23 @@ class RleMaskHead(FCNMaskHead):
     """
 
     run_lengths = False
+
+    def get_targets(
+        self, sampling_results: Sequence[Any], batch_gt_instances: Sequence[Any], rcnn_train_cfg: Mapping[str, Any]
+    ) -> Tensor:
+        """The targets ``(n, height, width)`` of the positive boxes of all images.
+
+        Args:
+            sampling_results: mmdet's SamplingResult of each image.
+            batch_gt_instances: of each image, with ``masks``.
+            rcnn_train_cfg: with ``mask_size``.
+        """
+        return mask_targets(
+            [result.pos_priors for result in sampling_results],
+            [result.pos_assigned_gt_inds for result in sampling_results],
+            [instances.masks for instances in batch_gt_instances],
+            rcnn_train_cfg,
+        )
 
     def _predict_by_feat_single(
         self,

@@ -1,4 +1,4 @@
-"""Sliding windows, several in one forward."""
+"""Sliding windows, several in one forward, and label maps without the logits of the whole image."""
 
 import itertools
 from typing import Any
@@ -9,8 +9,11 @@ import densekit.ops  # noqa: F401  importing mmseg needs mmcv's ops
 
 # isort: split
 from mmengine.registry import MODELS
+from mmengine.structures import PixelData
 from mmseg.models.segmentors import EncoderDecoder
 from torch import Tensor
+
+from densekit.models.label_maps import label_map
 
 
 @MODELS.register_module()
@@ -20,7 +23,13 @@ class BatchedSlideEncoderDecoder(EncoderDecoder):
     The arguments are those of mmseg's class. ``test_cfg.window_batch`` is how many windows of each image are in a
     batch; default 1, as mmseg does it. The sums over the windows are in mmseg's order: where the network gives the same
     logits for a window alone and in a batch, the results are equal to the bit.
+
+    Attributes:
+        label_maps_only: give ``pred_sem_seg`` without ``seg_logits``, which take 4 bytes for each pixel and class. Off,
+            but while :class:`densekit.models.label_maps.LabelMapsHook` has it on.
     """
+
+    label_maps_only = False
 
     def slide_inference(self, inputs: Tensor, batch_img_metas: list[dict[str, Any]]) -> Tensor:
         """The mean of the logits that overlapping windows have.
@@ -56,6 +65,31 @@ class BatchedSlideEncoderDecoder(EncoderDecoder):
                 total[:, :, row, column] += part
                 covered[:, :, row, column] += 1
         return total / covered
+
+    def postprocess_result(self, seg_logits: Tensor, data_samples: Any = None) -> Any:
+        """The results of each image, in its original size.
+
+        Args:
+            seg_logits: ``(N, classes, H, W)``.
+            data_samples: of the N images, with ``ori_shape``.
+
+        Returns:
+            The samples with ``pred_sem_seg`` and, unless ``label_maps_only``, ``seg_logits``.
+        """
+        if not self.label_maps_only or data_samples is None or seg_logits.shape[1] == 1:
+            return super().postprocess_result(seg_logits, data_samples)
+        for logits, sample in zip(seg_logits, data_samples, strict=True):
+            kept = _without_padding(logits, sample.metainfo)
+            if sample.metainfo.get('flip'):
+                kept = kept.flip(-1 if sample.metainfo['flip_direction'] == 'horizontal' else -2)
+            labels = label_map(kept, sample.metainfo['ori_shape'], self.align_corners)
+            sample.set_data({'pred_sem_seg': PixelData(data=labels)})
+        return data_samples
+
+
+def _without_padding(logits: Tensor, meta: dict[str, Any]) -> Tensor:
+    left, right, top, bottom = meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
+    return logits[:, top : logits.shape[1] - bottom, left : logits.shape[2] - right]
 
 
 def _starts(length: int, window: int, stride: int) -> list[slice]:

@@ -1,3 +1,4 @@
+import copy
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from backbones import ConvNeXt, LayerDecayOptimWrapperConstructor
+from backbones import ConvNeXt, LayerDecayOptimWrapperConstructor, layer_decay
 
 DEPTHS = {'tiny': (3, 3, 9, 3), 'base': (3, 3, 27, 3), 'xxlarge': (3, 4, 30, 3)}
 
@@ -345,3 +346,81 @@ def test_registered_under_a_name_that_nobody_shadows():
 
     for registry in (OPTIM_WRAPPER_CONSTRUCTORS, MMDET, MMSEG):
         assert registry.get('LayerDecayOptimWrapperConstructor') is LayerDecayOptimWrapperConstructor
+
+
+def stepped(fused, steps, resumed=None):
+    """A model's wrapper after some steps on gradients that are always the same, perhaps going on from a state."""
+    torch.manual_seed(0)
+    model = Detector()
+    wrapper = build_optim_wrapper(
+        model,
+        dict(
+            type='OptimWrapper',
+            optimizer=dict(type='AdamW', lr=0.01, weight_decay=0.05, fused=fused),
+            constructor='LayerDecayOptimWrapperConstructor',
+            paramwise_cfg=dict(decay_rate=0.7),
+        ),
+    )
+    if resumed:
+        weights, state = copy.deepcopy(resumed)  # an optimizer goes on with the tensors that it is given
+        model.load_state_dict(weights)
+        wrapper.load_state_dict(state)
+    for i in range(steps):
+        generator = torch.Generator().manual_seed(i)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        wrapper.step()
+    return model, wrapper
+
+
+def test_a_fused_optimizer_steps_the_same_within_rounding():
+    (fused, _), (plain, _), (other, _) = stepped(True, 10), stepped(None, 10), stepped(None, 9)
+    torch.testing.assert_close(fused.state_dict(), plain.state_dict(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(AssertionError, match='not close'):
+        torch.testing.assert_close(fused.state_dict(), other.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(('before', 'after'), [(None, True), (True, None), (True, True)])
+def test_a_run_goes_on_fused_or_not_as_its_config_says(before, after):
+    model, wrapper = stepped(before, 3)
+    state = model.state_dict(), wrapper.state_dict()
+    resumed, now = stepped(after, 4, state)
+    assert {group['fused'] for group in now.optimizer.param_groups} == {after}
+    expected, _ = stepped(before, 4, state)
+    torch.testing.assert_close(resumed.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
+    assert [group['lr'] for group in now.optimizer.param_groups] == [g['lr'] for g in wrapper.optimizer.param_groups]
+
+
+def test_torch_still_takes_the_state_s_word_for_it():
+    """When this fails, the hook that keeps ``fused`` can go."""
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)
+    state = torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).state_dict()
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]['fused'] is None
+
+
+def channels_last_step(hook, monkeypatch):
+    """Two steps, between which the parameters change their memory format; fused and not."""
+    if not hook:
+        monkeypatch.setattr(layer_decay, '_match_strides', lambda *_: None)
+    weights = []
+    for fused in (True, None):
+        model, wrapper = stepped(fused, 1)
+        model.to(memory_format=torch.channels_last)
+        for i, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+        wrapper.step()
+        weights.append(model.state_dict())
+    return weights
+
+
+def test_a_fused_step_minds_strides(monkeypatch):
+    fused, plain = channels_last_step(True, monkeypatch)
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_torch_still_passes_over_strides(monkeypatch):
+    """When this fails torch has mended it, and the hook can go."""
+    fused, plain = channels_last_step(False, monkeypatch)
+    with pytest.raises(AssertionError, match='not close'):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)

@@ -93,7 +93,8 @@ def test_parameters_as_printed(name):
 def test_swin_learns_as_its_authors_have_it(name):
     cfg = config(name)
     lr, weight_decay = (1e-4, 0.05) if name.startswith('detection') else (6e-5, 0.01)
-    assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)
+    adamw = dict(type='AdamW', lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
+    assert cfg.optim_wrapper.optimizer == adamw
     assert cfg.model.backbone.drop_path_rate == SWIN[name][2]
     groups = build_wrapper(
         recipe(CONFIGS / f'{name}.py'), meta_model(CONFIGS / f'{name}.py'), 'off'

@@ -38,7 +38,7 @@ def test_detector(size):
     wrapper = cfg.optim_wrapper
     assert cfg.model.backbone.drop_path_rate == drop_path and 0.2 <= drop_path <= 0.5
     assert wrapper.paramwise_cfg == dict(decay_rate=rate, decay_type='layer_wise') and rate in (0.9, 0.95)
-    assert wrapper.optimizer == dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05)
+    assert wrapper.optimizer == dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05, fused=True)
     assert wrapper.type == ('OptimWrapper' if float32 else 'AutocastOptimWrapper') and 'clip_grad' not in wrapper
     assert cfg.train_cfg.max_epochs == 36 and cfg.param_scheduler[1].milestones == [27, 33]
     assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 32

@@ -227,7 +227,11 @@ BATCHED = 'model.type=BatchedSlideEncoderDecoder'
 @pytest.mark.parametrize(
     ('config', 'options', 'said'),
     [
-        (UPERNET, [], r'window_batch: EncoderDecoder computes windows one by one; with model\.type=BatchedSlide'),
+        (
+            UPERNET,
+            ['model.type=EncoderDecoder'],
+            r'window_batch: EncoderDecoder computes windows one by one; with model\.type=BatchedSlide',
+        ),
         (UPERNET, ['model.type=CascadeEncoderDecoder'], r'window_batch: CascadeEncoderDecoder computes windows one by'),
         (MASK_RCNN, [], r'window_batch: MaskRCNN computes windows one by one'),
         (UPERNET, [BATCHED, 'model.test_cfg.mode=whole'], r"window_batch: there are windows with .*mode='slide' only"),

@@ -1,6 +1,8 @@
 """The demo: what it shows of a log, how it fails, and (slow) the scores it promises."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,10 +44,56 @@ def test_says_where_to_run_it(tmp_path, monkeypatch, capsys):
 def test_a_failing_step_ends_the_demo_and_names_its_log(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(demo, 'OUT', tmp_path)
-    monkeypatch.setattr(demo, '_run', lambda *command: demo._check_status(['python', *command], 3))
+    monkeypatch.setattr(demo, '_cores', lambda: 1)
+    started = []
+    command_of(monkeypatch, 'import sys; print("Traceback"); sys.exit(3)', started)
     assert demo.main() == 1
     out = capsys.readouterr().out
     assert 'status 3' in out and str(tmp_path / 'detection' / 'train.log') in out
+    assert 'one after the other' in out
+    assert (tmp_path / 'detection' / 'train.log').read_text() == 'Traceback\n'
+    assert started == ['detection'], 'the other is not started any more'
+
+
+def command_of(monkeypatch, code, started):
+    """Has every tool run a line of Python, which gets the tool's own arguments."""
+    popen = subprocess.Popen
+
+    def fake(command, **options):
+        work_dir = command[command.index('--work-dir') + 1]
+        started.append(Path(work_dir).name)
+        return popen([sys.executable, '-c', code, work_dir], **options)
+
+    monkeypatch.setattr(demo.subprocess, 'Popen', fake)
+
+
+def test_the_two_run_side_by_side_and_end_together(tmp_path, monkeypatch, capsys):
+    """One fails once the other runs; the other, which would run for ever, is ended."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(demo, 'OUT', tmp_path)
+    monkeypatch.setattr(demo, '_cores', lambda: 2)
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    code = """
+import os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+print('threads', os.environ['OMP_NUM_THREADS'], flush=True)
+if folder.name == 'detection':
+    while True:
+        (folder / 'running').touch()
+        time.sleep(0.01)
+while not (folder.parent / 'detection' / 'running').exists():
+    time.sleep(0.01)
+sys.exit(4)
+"""
+    started = []
+    command_of(monkeypatch, code, started)
+    assert demo.main() == 1
+    out = capsys.readouterr().out
+    assert sorted(started) == ['detection', 'segmentation']
+    assert 'side by side, 1 of 2 cores each' in out
+    assert 'segmentation.py' in out or 'upernet' in out
+    assert 'status 4' in out
+    assert (tmp_path / 'detection' / 'train.log').read_text() == 'threads 1\n'
 
 
 @pytest.mark.slow

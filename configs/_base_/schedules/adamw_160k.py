@@ -17,7 +17,7 @@ param_scheduler = [
 optim_wrapper = dict(
     type='AutocastOptimWrapper',  # bf16 where the paper has fp16
     constructor='LayerDecayOptimWrapperConstructor',
-    optimizer=dict(type='AdamW', lr=0.0001, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=0.0001, betas=(0.9, 0.999), weight_decay=0.05, fused=True),
     paramwise_cfg=dict(decay_rate=0.9, decay_type='stage_wise'),
 )
 auto_scale_lr = dict(enable=False, base_batch_size=16)  # 8 GPUs x 2 images

@@ -14,7 +14,7 @@ param_scheduler = [
 optim_wrapper = dict(
     type='OptimWrapper',  # float32: boxes are refined by small steps
     constructor='LayerDecayOptimWrapperConstructor',
-    optimizer=dict(type='AdamW', lr=0.0001, betas=(0.9, 0.999), weight_decay=0.0001),
+    optimizer=dict(type='AdamW', lr=0.0001, betas=(0.9, 0.999), weight_decay=0.0001, fused=True),
     paramwise_cfg=dict(decay_rate=1.0, custom_keys={'backbone': dict(lr_mult=0.1)}),
     clip_grad=dict(max_norm=0.1, norm_type=2),
 )

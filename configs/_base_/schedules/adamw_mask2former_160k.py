@@ -15,7 +15,7 @@ param_scheduler = [
 optim_wrapper = dict(
     type='OptimWrapper',  # float32, as in mmseg
     constructor='LayerDecayOptimWrapperConstructor',
-    optimizer=dict(type='AdamW', lr=0.0001, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=0.0001, betas=(0.9, 0.999), weight_decay=0.05, fused=True),
     paramwise_cfg=dict(
         decay_rate=1.0,
         custom_keys={

@@ -32,7 +32,7 @@ param_scheduler = [
 optim_wrapper = dict(
     type='OptimWrapper',
     constructor='LayerDecayOptimWrapperConstructor',
-    optimizer=dict(type='AdamW', lr=base_lr, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=base_lr, betas=(0.9, 0.999), weight_decay=0.05, fused=True),
     paramwise_cfg=dict(decay_rate=0.8, decay_type='layer_wise'),
 )
 auto_scale_lr = dict(enable=False, base_batch_size=128)  # 4 GPUs x 32 images
