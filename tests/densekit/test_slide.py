@@ -28,11 +28,10 @@ def models(tiny):
     cfg = Config.fromfile(tiny.seg).model
     cfg.test_cfg = dict(mode='slide', crop_size=CROP, stride=STRIDE)
     with DefaultScope.overwrite_default_scope('mmseg'):
-        stock = MODELS.build(copy.deepcopy(cfg)).eval()
-        cfg.type = 'BatchedSlideEncoderDecoder'
+        stock = MODELS.build({**copy.deepcopy(cfg), 'type': 'EncoderDecoder'}).eval()
         ours = MODELS.build(cfg).eval()
     ours.load_state_dict(stock.state_dict())
-    assert type(stock) is EncoderDecoder
+    assert type(stock) is EncoderDecoder and type(ours) is slide.BatchedSlideEncoderDecoder
     return stock, ours
 
 

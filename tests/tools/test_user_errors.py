@@ -119,7 +119,7 @@ def test_a_checkpoint_that_cannot_be_used(mistake, tiny, weights):
     assert 'checkpoint cut.pth cannot be used: it is truncated' in mistake('train', tiny.det, '--resume=cut.pth')
 
     said = mistake('test', tiny.seg, weights)
-    assert f'checkpoint {weights} does not fit the BatchedSlideEncoderDecoder of this config; nothing was loaded' in said
+    assert f'checkpoint {weights} does not fit the BatchedSlideEncoderDecoder of this config; nothing was' in said
     assert 'missing in the file: decode_head.' in said
     assert 'unknown to the model: neck.' in said
     assert 'Give the config that the checkpoint was trained with' in said
