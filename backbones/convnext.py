@@ -29,6 +29,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from backbones.kernels import block as triton_block
+from backbones.kernels import choice, cpu
 from backbones.layers import GRN, LayerNorm2d
 
 ARCHS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -55,6 +57,55 @@ DEFAULT_LAYER_SCALE = float('1e-6')
 DEFAULT_NORM: Mapping[str, Any] = dict(type='LN2d', eps=1e-6)
 
 
+class DepthwiseConv2d(nn.Conv2d):
+    """A depthwise convolution that keeps height and width.
+
+    Args:
+        channels: C.
+        kernel_size: odd.
+        dilation: of the kernel.
+        eager: leave everything to ``F.conv2d``.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, dilation: int, *, eager: bool) -> None:
+        padding = dilation * (kernel_size // 2)
+        super().__init__(channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels)
+        self.eager = eager
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``(N, C, H, W)`` to ``(N, C, H, W)``."""
+        assert self.bias is not None
+        if self.eager or not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return super().forward(x)
+        if not cpu.is_plain(x, self.weight, self.bias):
+            return super().forward(x)
+        x_cast, weight, bias = cpu.autocast(x, self.weight, self.bias)
+        if not cpu.depthwise_pays(x_cast, self.kernel_size[0]):
+            return super().forward(x)
+        return cpu.depthwise_conv2d(x_cast, weight, bias, self.dilation[0])
+
+
+class Linear(nn.Linear):
+    """A linear layer.
+
+    Args:
+        in_features: C_in.
+        out_features: C_out.
+        eager: leave everything to ``F.linear``.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, eager: bool) -> None:
+        super().__init__(in_features, out_features)
+        self.eager = eager
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``(..., C_in)`` to ``(..., C_out)``."""
+        if self.eager or not cpu.is_plain(x, self.weight, self.bias):
+            return super().forward(x)
+        x_cast, weight, bias = cpu.autocast(x, self.weight, self.bias)
+        return cpu.linear(x_cast, weight, bias) if cpu.linear_pays(x_cast, weight) else super().forward(x)
+
+
 class ConvNeXtBlock(nn.Module):
     """Depthwise convolution, LayerNorm, expansion by 4, activation, (GRN,) projection, layer scale, residual.
 
@@ -71,6 +122,7 @@ class ConvNeXtBlock(nn.Module):
         with_cp: recompute the block in the backward pass.
         kernel_size: of the depthwise convolution, odd.
         dilation: of the depthwise convolution.
+        kernels: a name in ``choice.KERNELS``; see :class:`ConvNeXt`.
     """
 
     def __init__(
@@ -85,27 +137,34 @@ class ConvNeXtBlock(nn.Module):
         with_cp: bool,
         kernel_size: int = 7,
         dilation: int = 1,
+        kernels: str = 'auto',
     ) -> None:
         super().__init__()
         self.with_cp = with_cp
-        padding = dilation * (kernel_size // 2)
-        self.dwconv = nn.Conv2d(channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels)
+        self.kernels = kernels
+        eager = kernels != 'auto'
+        self.dwconv = DepthwiseConv2d(channels, kernel_size, dilation, eager=eager)
         self.norm = nn.LayerNorm(channels, eps=eps)
-        self.pwconv1 = nn.Linear(channels, 4 * channels)
+        self.pwconv1 = Linear(channels, 4 * channels, eager=eager)
         self.act = act
         self.grn = GRN(4 * channels) if use_grn else None
-        self.pwconv2 = nn.Linear(4 * channels, channels)
+        self.pwconv2 = Linear(4 * channels, channels, eager=eager)
         self.gamma = nn.Parameter(torch.full((channels,), layer_scale)) if layer_scale > 0 else None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(N, C, H, W)`` to ``(N, C, H, W)``."""
+        if triton_block.runs(self.kernels, x, self.dwconv, self.act) and self._is_untouched():
+            parts = (self.dwconv, self.norm, self.pwconv1, self.grn, self.pwconv2, self.gamma, self.drop_path)
+            return triton_block.convnext_block(x, *parts, recompute=self.with_cp)
         if self.with_cp and torch.is_grad_enabled():
             # Reentrant checkpointing gives parameters no gradient where the input needs none, as behind a frozen stem.
             return checkpoint(self._forward, x, use_reentrant=False)
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
+        if self.kernels == 'auto' and cpu.is_plain(x):
+            return self._forward_on_cpu(x)
         x_nhwc = self.dwconv(x).permute(0, 2, 3, 1)
         x_nhwc = self.act(self.pwconv1(self.norm(x_nhwc)))
         if self.grn is not None:
@@ -114,6 +173,53 @@ class ConvNeXtBlock(nn.Module):
         if self.gamma is not None:
             x_nhwc = self.gamma * x_nhwc
         return x + self.drop_path(x_nhwc.permute(0, 3, 1, 2))
+
+    def _is_untouched(self) -> bool:
+        """Whether all layers are those that were built: what an adapter put there, or a hook looks at, is to run."""
+        layers = (self.dwconv, self.norm, self.pwconv1, self.act, self.pwconv2, self.drop_path)
+        kinds = (DepthwiseConv2d, nn.LayerNorm, Linear, nn.GELU, Linear, DropPath | nn.Identity)
+        same = all(isinstance(layer, kind) for layer, kind in zip(layers, kinds, strict=True))
+        return same and not any(map(_has_hooks, self.children()))
+
+    def _forward_on_cpu(self, x: Tensor) -> Tensor:
+        """The same in fewer passes over memory."""
+        x_nhwc, fused = x.permute(0, 2, 3, 1), self._can_fuse(x)
+        branch = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
+        if fused:
+            branch = cpu.linear_gelu(branch, self.pwconv1.weight, self.pwconv1.bias)
+        else:
+            branch = self.act(self.pwconv1(branch))
+        if self.grn is not None:
+            branch = self.grn(branch)
+        if fused and self.gamma is None:
+            return cpu.linear_add(branch, self.pwconv2.weight, self.pwconv2.bias, x_nhwc).permute(0, 3, 1, 2)
+        branch = self.pwconv2(branch)
+        # Layer scale and drop path as one factor of the branch, (N, 1, 1, C) or less.
+        scale = self.gamma
+        if isinstance(self.drop_path, DropPath) and self.drop_path.training:
+            dropped = self.drop_path(x.new_ones(len(x), 1, 1, 1))
+            scale = dropped if scale is None else scale * dropped
+        x_nhwc = x_nhwc + branch if scale is None else torch.addcmul(x_nhwc, scale, branch)
+        return x_nhwc.permute(0, 3, 1, 2)
+
+    def _can_fuse(self, x: Tensor) -> bool:
+        """Whether nothing asks for what lies between the operators: no gradient, no hook, no other layer."""
+        layers = (self.pwconv1, self.act, self.pwconv2)
+        return (
+            not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())))
+            and not torch.is_autocast_enabled('cpu')
+            and [type(layer) for layer in layers] == [Linear, nn.GELU, Linear]
+            and getattr(self.act, 'approximate', None) == 'none'
+            and not any(_has_hooks(layer) for layer in layers)
+            and cpu.is_plain(*self.pwconv1.parameters(), *self.pwconv2.parameters())
+            and x.dtype == self.pwconv1.weight.dtype
+            and cpu.can_fuse_linear(x)
+        )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or nn.modules.module._has_any_global_hook()
 
 
 class SameConv2d(nn.Conv2d):
@@ -152,12 +258,18 @@ class ConvNeXt(BaseModule):
             Stages behind the last one keep their parameters, so that weights fit, but are frozen and not computed.
         frozen_stages: freezes the stem and the first n stages (0 or -1: nothing). Output norms stay trainable.
         gap_before_final_norm: must be False: dense features are not pooled.
-        with_cp: recompute the blocks' activations in the backward pass instead of keeping them.
+        with_cp: recompute the blocks' activations in the backward pass instead of keeping them; of all stages, or of
+            those named, such as (0, 1), negative ones counted from the end. The first keep the most. Blocks on the
+            Triton kernels keep the normalized input of their linear layers too, and repeat the first of these alone.
         init_cfg: mmengine's. ``dict(type='Pretrained', checkpoint=..., prefix=...)`` goes through
             :class:`backbones.checkpoint.PretrainedBackbone`, which fails unless the weights fit.
         kernel_size: of the depthwise convolutions, odd, 3 to 11.
         output_stride: 32, 16 or 8: the largest stride. Stages that would exceed it keep their resolution and dilate
             their convolutions instead, as timm does, with the same weights.
+        kernels: 'eager' for plain PyTorch, which the others are tested against; 'auto' for the form that is fastest
+            for the device and dtype, equal within rounding, with Triton kernels where they are proven
+            (``backbones.kernels.choice.PROVEN``); 'triton' for those in any case: on CUDA from compute capability 8.0,
+            with exact GELU and without dilation, and an error elsewhere. Parameters and checkpoints are the same.
 
     Attributes:
         channels: C of each output.
@@ -181,10 +293,11 @@ class ConvNeXt(BaseModule):
         out_indices: int | Sequence[int] = (0, 1, 2, 3),
         frozen_stages: int = 0,
         gap_before_final_norm: bool = False,
-        with_cp: bool = False,
+        with_cp: bool | Sequence[int] = False,
         init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         kernel_size: int = 7,
         output_stride: int = 32,
+        kernels: str = 'auto',
     ) -> None:
         super().__init__(init_cfg=_with_strict_loader(init_cfg))
         self.depths, widths = _sizes(arch)
@@ -221,18 +334,15 @@ class ConvNeXt(BaseModule):
             layer_scale=layer_scale_init_value,
             use_grn=use_grn,
             eps=eps,
-            with_cp=with_cp,
             kernel_size=kernel_size,
+            kernels=choice.check_kernels(kernels),
         )
-        self.stages = nn.ModuleList(
-            nn.Sequential(
-                *(
-                    block(width, drop_path=next(rates), act=_activation(act_cfg), dilation=dilation)
-                    for _ in range(depth)
-                )
-            )
-            for depth, width, dilation in zip(self.depths, widths, dilations, strict=True)
-        )
+        checkpointed = _checkpointed_stages(with_cp)
+        self.stages = nn.ModuleList()
+        for i, (depth, width, dilation) in enumerate(zip(self.depths, widths, dilations, strict=True)):
+            stage = functools.partial(block, width, dilation=dilation, with_cp=i in checkpointed)
+            blocks = [stage(drop_path=next(rates), act=_activation(act_cfg)) for _ in range(depth)]
+            self.stages.append(nn.Sequential(*blocks))
         for i in self.out_indices:
             self.add_module(f'norm{i}', _norm(widths[i], eps))
 
@@ -402,6 +512,18 @@ def _stage_indices(out_indices: int | Sequence[int]) -> tuple[int, ...]:
     if not indices or len(set(indices)) != len(indices) or indices[0] < 0 or indices[-1] >= NUM_STAGES:
         raise ValueError(f'out_indices={given}: give different stages from 0 to 3 (or -4 to -1), at least one')
     return indices
+
+
+def _checkpointed_stages(with_cp: bool | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(with_cp, bool):
+        return tuple(range(NUM_STAGES)) if with_cp else ()
+    message = f'with_cp={with_cp!r}: give True, False, or different stages from 0 to 3 (or -4 to -1), such as (0, 1)'
+    if not isinstance(with_cp, Sequence) or not all(type(i) is int for i in with_cp):
+        raise ValueError(message)
+    try:
+        return _stage_indices(with_cp) if with_cp else ()
+    except ValueError as error:
+        raise ValueError(message) from error
 
 
 def _frozen_stages(frozen_stages: int) -> int:

@@ -32,6 +32,7 @@ from backbones.convnext import (
     _stage_indices,
     _with_strict_loader,
 )
+from backbones.kernels.choice import check_kernels
 from backbones.layers import LayerNorm2d
 
 ISOTROPIC_ARCHS: dict[str, tuple[int, int]] = {
@@ -68,6 +69,7 @@ class ConvNeXtIsotropic(BaseModule):
         with_cp: recompute the blocks' activations in the backward pass instead of keeping them.
         init_cfg: mmengine's. ``dict(type='Pretrained', checkpoint=..., prefix=...)`` goes through
             :class:`backbones.checkpoint.PretrainedBackbone`, which fails unless the weights fit.
+        kernels: 'auto', 'eager' or 'triton', as of :class:`backbones.ConvNeXt`.
 
     Attributes:
         channels: C of each output.
@@ -91,6 +93,7 @@ class ConvNeXtIsotropic(BaseModule):
         frozen_blocks: int = 0,
         with_cp: bool = False,
         init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        kernels: str = 'auto',
     ) -> None:
         super().__init__(init_cfg=_with_strict_loader(init_cfg))
         depth, channels = _size(arch)
@@ -109,7 +112,13 @@ class ConvNeXtIsotropic(BaseModule):
 
         self.stem = nn.Conv2d(in_channels, channels, stem_patch_size, stem_patch_size)
         block = functools.partial(
-            ConvNeXtBlock, channels, layer_scale=layer_scale_init_value, use_grn=False, eps=eps, with_cp=with_cp
+            ConvNeXtBlock,
+            channels,
+            layer_scale=layer_scale_init_value,
+            use_grn=False,
+            eps=eps,
+            with_cp=with_cp,
+            kernels=check_kernels(kernels),
         )
         rates = torch.linspace(0, drop_path_rate, depth, device='cpu').tolist()
         self.blocks = nn.Sequential(*(block(drop_path=rate, act=_activation(act_cfg)) for rate in rates))

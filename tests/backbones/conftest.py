@@ -62,3 +62,20 @@ def target() -> ConvNeXt:
     """Into which weights are loaded."""
     torch.manual_seed(0)
     return ConvNeXt(MINI)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param('cpu', marks=pytest.mark.skipif(torch.cuda.is_available(), reason='the kernels run on the GPU')),
+        pytest.param(
+            'cuda',
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device'),
+            ],
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the kernels run: on the GPU, or without one in Triton's interpreter."""
+    return request.param

@@ -65,6 +65,7 @@ def test_signature_is_the_contract():
         init_cfg=None,
         kernel_size=7,  # ours, behind the others
         output_stride=32,
+        kernels='auto',
     )
     parameters = inspect.signature(ConvNeXt).parameters
     assert [(name, p.default) for name, p in parameters.items()] == list(contract.items())
@@ -196,6 +197,16 @@ def test_checkpointing_computes_blocks_twice(mini, with_cp):
     assert len(calls) == 1  # nothing to recompute
     _step(model)
     assert len(calls) == (3 if with_cp else 2)
+
+
+@pytest.mark.parametrize(('with_cp', 'stages'), [((0, 1), {0, 1}), ([-1], {3}), ((), set()), (True, {0, 1, 2, 3})])
+def test_checkpointing_of_some_stages(mini, with_cp, stages):
+    model = mini(with_cp=with_cp)
+    assert {i for i, stage in enumerate(model.stages) for block in stage if block.with_cp} == stages
+    outputs, grads = _step(model.train())
+    plain_outputs, plain_grads = _step(mini().train())
+    torch.testing.assert_close(outputs, plain_outputs, rtol=0, atol=0)
+    torch.testing.assert_close(grads, plain_grads, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('use_grn', [False, True])
@@ -346,6 +357,11 @@ def test_found_from_every_registry(registry):
         (dict(kernel_size='7'), r"kernel_size='7'"),
         (dict(output_stride=4), r'output_stride=4: give 32, 16 or 8'),
         (dict(output_stride=8, stem_patch_size=16), r'output_stride=8: .*not less than the stem'),
+        (dict(with_cp=1), r'with_cp=1: give True, False, or different stages .*such as \(0, 1\)'),
+        (dict(with_cp=(0, 4)), r'with_cp=\(0, 4\): give True'),
+        (dict(with_cp=(1, 1)), r'with_cp=\(1, 1\): .*different'),
+        (dict(with_cp='all'), r"with_cp='all': give True"),
+        (dict(kernels='cuda'), r"kernels='cuda' is unknown; choose from auto, eager, triton"),
         (dict(in_channels=0), r'in_channels=0'),
         (dict(stem_patch_size=0), r'stem_patch_size=0: give 1 to 32'),
         (dict(act_cfg=dict(type='GELU', approx='tanh')), r'act_cfg=.*approx'),
@@ -354,6 +370,13 @@ def test_found_from_every_registry(registry):
 def test_mistakes_are_explained(options, said):
     with pytest.raises(ValueError, match=said):
         ConvNeXt(**{'arch': MINI, **options})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='says what happens without a GPU')
+def test_triton_without_a_gpu(monkeypatch):
+    monkeypatch.setenv('TRITON_INTERPRET', '0')
+    with pytest.raises(ValueError, match=r"kernels='triton' needs a CUDA device"):
+        ConvNeXt(MINI, kernels='triton')
 
 
 def test_layer_depth_refuses_an_unknown_mode(mini):

@@ -1,0 +1,149 @@
+"""Registers, spills and shared memory of every Triton kernel, compiled for a device that need not be there.
+
+    python benchmarks/kernel_budget.py           # the depthwise kernels, 7 x 7, channels of atto to huge
+    python benchmarks/kernel_budget.py --channels 96 --size 3 5 7 9 11 --dtype float32
+    python benchmarks/kernel_budget.py --kernels pointwise grn mlp --channels 96
+    python benchmarks/kernel_budget.py --loops                   # and what the inner loops are made of
+
+Compiles what the launch functions of backbones/kernels would launch. A spill is an error. "Programs" is how many fit on
+a multiprocessor of Hopper by registers, shared memory and threads. "Multiply-adds" is the share of float32 FMA among
+the instructions of the innermost loop that has most of them: what part of the peak that loop can reach at best.
+"""
+
+import argparse
+import collections
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CHANNELS = (40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 352, 384, 512, 640, 704, 768, 1024, 1408, 1536, 2048, 2816)
+REGISTERS, SHARED, THREADS, PROGRAMS = 65536, 227 * 1024, 2048, 32  # of a multiprocessor of compute capability 9.0
+OPTIONS = ('num_warps', 'num_stages', 'num_ctas', 'maxnreg')
+
+
+def compiled(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], capability: int) -> Any:
+    """Compiles one launch; arguments are specialized as Triton does it when it launches."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {name: value for name, value in options.items() if name not in OPTIONS}
+    signature, attributes = {}, {}
+    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=False)):
+        if value is None or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = f'*{triton.runtime.jit.type_canonicalisation_dict[str(value.dtype)[6:]]}'
+            attributes[(i,)] = [['tt.divisibility', 16]]
+        else:
+            signature[parameter.name] = 'fp32' if isinstance(value, float) else 'i32'
+            if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(i,)] = [['tt.divisibility', 16]]
+    signature = {p.name: signature.get(p.name, 'constexpr') for p in kernel.params}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    launch_options = {name: value for name, value in options.items() if name in OPTIONS}
+    return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=launch_options)
+
+
+def tool(name: str, *args: str) -> str:
+    """What one of the programs beside Triton's compiler prints."""
+    import triton
+
+    program = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / name
+    return subprocess.run([program, *args], check=True, capture_output=True, text=True).stdout
+
+
+def measure(built: Any, warps: int) -> dict[str, Any]:
+    """What the machine code needs."""
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        file.write(built.asm['cubin'])
+        file.flush()
+        usage = tool('cuobjdump', '--dump-resource-usage', file.name)
+        code = tool('nvdisasm', '-c', file.name)
+    used = {key: int(value) for key, value in re.findall(r'(REG|STACK|LOCAL):(\d+)', usage)}
+    registers, shared, threads = used['REG'], built.metadata.shared, 32 * warps
+    per_program = warps * (-(-registers * 32 // 256) * 256)  # handed out to warps by 256
+    fits = min(REGISTERS // per_program, SHARED // (shared + 1024), THREADS // threads, PROGRAMS)
+    loop = best_loop(code)
+    return {
+        'registers': registers,
+        'stack': used['STACK'],
+        'spills': used['LOCAL'] + len(re.findall(r'\b(?:LDL|STL)\b', code)),
+        'shared memory': shared,
+        'programs': fits,
+        'multiply-adds': round(loop['FFMA'] / max(loop.total(), 1), 2),
+        'loop': dict(loop.most_common()),
+    }
+
+
+def best_loop(code: str) -> collections.Counter[str]:
+    """The instructions of a loop that contains no other, the one with the largest share of multiply-adds."""
+    labels: dict[str, int] = {}
+    names: list[str] = []
+    jumps: list[tuple[int, int]] = []
+    for line in code.splitlines():
+        if label := re.match(r'\s*(\.L_x_\d+):', line):
+            labels[label[1]] = len(names)
+        elif instruction := re.match(r'\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\w+)(.*)', line):
+            target = re.search(r'`\((\.L_x_\d+)\)', instruction[2])
+            if instruction[1] == 'BRA' and target and labels.get(target[1], len(names)) < len(names):
+                jumps.append((labels[target[1]], len(names) + 1))
+            names.append(instruction[1])
+    inner = [a for a in jumps if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in jumps)]
+    loops = [collections.Counter(names[start:end]) for start, end in inner]
+    return max(loops, key=lambda loop: loop['FFMA'] / loop.total(), default=collections.Counter())
+
+
+def launches(module: str, channels: int, sizes: list[int], dtype: torch.dtype) -> list[tuple[str, Any]]:
+    """What the launch functions of a module would launch, with a label."""
+    kernels = importlib.import_module(f'backbones.kernels.{module}_triton')
+    if module != 'depthwise':
+        return [('', launch) for launch in kernels.configurations(channels, dtype)]
+    return [(f'{k}x{k}', launch) for k in sizes for launch in kernels.configurations(channels, k, dtype)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--kernels', nargs='+', default=['depthwise'], help='modules of backbones/kernels')
+    parser.add_argument('--channels', nargs='+', type=int, default=list(CHANNELS))
+    parser.add_argument('--size', nargs='+', type=int, default=[7], help='of the depthwise filter')
+    parser.add_argument('--only', nargs='+', help='kernels by name')
+    parser.add_argument('--dtype', default='bfloat16', choices=('float16', 'bfloat16', 'float32'))
+    parser.add_argument('--capability', type=int, default=90, help='compute capability, 90 for Hopper')
+    parser.add_argument('--loops', action='store_true', help='show the instructions of that loop')
+    parser.add_argument('--json', action='store_true')
+    args = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+    rows, seen = [], set()
+    for module in args.kernels:
+        for channels in args.channels:
+            for label, (kernel, values, options) in launches(module, channels, args.size, getattr(torch, args.dtype)):
+                if args.only and kernel.fn.__name__ not in args.only:
+                    continue
+                built = compiled(kernel, values, options, args.capability)
+                if built.hash in seen:
+                    continue
+                seen.add(built.hash)
+                row = {'kernel': f'{kernel.fn.__name__} {label}'.strip(), 'channels': channels}
+                row |= measure(built, options.get('num_warps', 4))
+                rows.append(row)
+                if not args.json:
+                    print(' | '.join(f'{key} {value}' for key, value in row.items() if key != 'loop'), flush=True)
+                if args.loops:
+                    print('   ', row['loop'])
+    if args.json:
+        print(json.dumps(rows))
+    if spilled := [row for row in rows if row['spills']]:
+        sys.exit(f'{len(spilled)} of {len(rows)} kernels spill registers')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,147 @@
+"""A folded copy gives what the model gives, and leaves the model alone."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from backbones import ConvNeXt, ConvNeXtIsotropic
+from backbones.folding import FoldedBlock, fold
+from backbones.kernels import cpu
+
+MINI = dict(depths=(1, 2, 1, 1), channels=(24, 96, 112, 128))
+MODELS = {
+    'V1': lambda: ConvNeXt(MINI, layer_scale_init_value=1.0, drop_path_rate=0.5),
+    'V1 without layer scale': lambda: ConvNeXt(MINI, layer_scale_init_value=0),
+    'V2': lambda: ConvNeXt(MINI, use_grn=True),
+    'tanh': lambda: ConvNeXt(MINI, layer_scale_init_value=1.0, act_cfg=dict(type='GELU', approximate='tanh')),
+    'SiLU': lambda: ConvNeXt(MINI, layer_scale_init_value=1.0, act_cfg=dict(type='SiLU')),
+    'eager': lambda: ConvNeXt(MINI, layer_scale_init_value=1.0, kernels='eager'),
+    'isotropic': lambda: ConvNeXtIsotropic(dict(depth=2, channels=96), out_channels=16),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request, randomize):
+    model = MODELS[request.param]()
+    randomize(model)
+    return model.eval()
+
+
+def image(*size, dtype=torch.float32):
+    return torch.randn(*size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+
+
+def worst(outputs, references):
+    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(outputs, references, strict=True))
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('size', [(2, 3, 96, 64), (1, 3, 65, 97), (3, 3, 7, 50)])
+def test_within_rounding_of_float64(model, size, layout):
+    x = image(*size).contiguous(memory_format=layout)
+    folded = fold(model)
+    with torch.inference_mode():
+        references = copy.deepcopy(model).double()(x.double())
+        again, outputs = folded(image(1, 3, 128, 32)), folded(x)  # packed for other sizes than are computed now
+        assert worst(outputs, references) < max(4 * worst(model(x), references), 2e-6)
+        assert len(again) == 4
+    assert worst(fold(model.double())(x.double()), references) < 1e-12
+
+
+def test_bfloat16(model):
+    x = image(2, 3, 64, 64)
+    with torch.no_grad():
+        references = copy.deepcopy(model).double()(x.double())
+        plain, outputs = model.bfloat16()(x.bfloat16()), fold(model)(x.bfloat16())
+        assert {out.dtype for out in outputs} == {torch.bfloat16}
+        assert worst(outputs, references) < 1.5 * worst(plain, references)
+        model.float()
+        with torch.autocast('cpu', torch.bfloat16):
+            assert worst(fold(model)(x), references) < 1.5 * worst(model(x), references)
+
+
+def test_the_model_is_left_alone(model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    folded = fold(model)
+    folded(image(1, 3, 64, 64))
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(isinstance(m, FoldedBlock) for m in model.modules())
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    with pytest.raises(RuntimeError, match=r'Unexpected|Missing'):
+        model.load_state_dict(folded.state_dict())  # no checkpoint of the copy is mistaken for one of the model
+
+
+def test_later_weights_do_not_reach_the_copy(model):
+    x = image(1, 3, 64, 64)
+    folded = fold(model)
+    with torch.no_grad():
+        expected = folded(x)
+        for parameter in model.parameters():
+            parameter.data.add_(1)
+        assert all(torch.equal(a, b) for a, b in zip(folded(x), expected, strict=True))
+
+
+def test_copied_pickled_and_cast(model):
+    x = image(1, 3, 64, 64)
+    folded = fold(model)
+    with torch.no_grad():
+        expected = folded(x)
+        for other in (copy.deepcopy(folded), pickle.loads(pickle.dumps(folded)), folded.double().float()):
+            assert worst(other(x), [e.double() for e in expected]) < 1e-6
+
+
+def test_gradients_of_the_input(model):
+    """As a perceptual loss takes them."""
+    xs = [image(1, 3, 64, 64).requires_grad_() for _ in range(2)]
+    for x, form in zip(xs, (model, fold(model)), strict=True):
+        sum(out.mul(image(*out.shape)).sum() for out in form(x)).backward()
+    assert (xs[0].grad - xs[1].grad).norm() < 1e-5 * xs[0].grad.norm()
+
+
+def test_exported(model):
+    folded, x = fold(model), image(1, 3, 64, 64)
+    program = torch.export.export(folded, (x,))
+    assert not any('mkldnn' in str(node.target) for node in program.graph.nodes)
+    with torch.no_grad():
+        assert worst(program.module()(x), [out.double() for out in folded(x)]) < 1e-5
+
+
+def test_without_the_fused_operators(model, monkeypatch):
+    x, folded = image(1, 3, 64, 64), fold(model)
+    with torch.no_grad():
+        expected = folded(x)
+        monkeypatch.setattr(cpu, 'has_onednn', lambda dtype: False)
+        monkeypatch.setattr(cpu, '_pointwise', lambda *_: pytest.fail('was asked for'))
+        assert worst(folded(x), [out.double() for out in expected]) < 1e-5
+
+
+@pytest.mark.skipif(not cpu.can_fuse_linear(torch.ones(1)), reason='needs oneDNN')
+@pytest.mark.parametrize(
+    ('name', 'used'), [('V1', True), ('V2', True), ('tanh', False), ('SiLU', False), ('eager', False)]
+)
+def test_which_models_take_the_fused_operators(name, used, monkeypatch):
+    calls, run = [], cpu.linear_gelu
+    monkeypatch.setattr(cpu, 'linear_gelu', lambda *args: calls.append(1) or run(*args))
+    with torch.no_grad():
+        fold(MODELS[name]())(image(1, 3, 64, 64))
+    assert bool(calls) == used
+
+
+def test_mistakes_are_explained(mini):
+    with pytest.raises(ValueError, match='Conv2d holds no ConvNeXt block'):
+        fold(nn.Conv2d(1, 1, 1))
+    with pytest.raises(ValueError, match='float16 model cannot be folded'):
+        fold(mini().half())
+    adapted = mini()
+    adapted.stages[0][0].pwconv1 = nn.Sequential(adapted.stages[0][0].pwconv1)
+    with pytest.raises(ValueError, match='Sequential in the place of a linear layer'):
+        fold(adapted)
+    with pytest.raises(RuntimeError, match='for inference'):
+        fold(mini()).train()(image(1, 3, 64, 64))

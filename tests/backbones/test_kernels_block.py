@@ -1,0 +1,459 @@
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_helpers import TOLERANCE, assert_close, noise, poisoned_memory
+from torch import nn
+
+from backbones import ConvNeXt, ConvNeXtIsotropic
+from backbones.convnext import ConvNeXtBlock
+from backbones.kernels import choice
+from backbones.kernels.block import convnext_block, unsupported
+
+
+@pytest.fixture
+def torch_depthwise(monkeypatch):
+    """PyTorch's depthwise convolution instead of ours, which takes seconds in the interpreter and has its own tests."""
+    from backbones.kernels import depthwise_triton, pointwise_triton
+
+    def forward_and_normalize(x, weight, bias, eps, dtype):
+        out = F.conv2d(*(t.to(dtype) for t in (x, weight, bias)), padding=weight.shape[2] // 2, groups=x.shape[1])
+        flat = out.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+        x_norm, rstd = pointwise_triton.normalize(flat, eps, dtype)
+        return x_norm.view(out.permute(0, 2, 3, 1).shape), rstd.view(out[:, 0].shape)
+
+    def input_gradient(grad, weight, dtype, more):
+        size = dict(padding=weight.shape[2] // 2, groups=grad.shape[1])
+        return (nn.grad.conv2d_input(grad.shape, weight.to(grad.dtype), grad, **size) + more).to(dtype)
+
+    def weight_gradient(x, grad, weight, bias):
+        size = dict(padding=weight.shape[2] // 2, groups=grad.shape[1])
+        d_weight = nn.grad.conv2d_weight(x.to(grad.dtype), weight.shape, grad, **size)
+        return d_weight.to(weight.dtype), grad.sum((0, 2, 3)).to(weight.dtype)
+
+    for function in (forward_and_normalize, input_gradient, weight_gradient):
+        monkeypatch.setattr(depthwise_triton, function.__name__, function)
+
+
+def build(channels=16, drop_path=0.0, layer_scale=1.0, use_grn=False, kernel_size=3):
+    block = ConvNeXtBlock(
+        channels,
+        drop_path=drop_path,
+        layer_scale=layer_scale,
+        use_grn=use_grn,
+        eps=1e-6,
+        act=nn.GELU(),
+        with_cp=False,
+        kernel_size=kernel_size,
+    )
+    for i, (name, parameter) in enumerate(block.named_parameters()):
+        values = noise(*parameter.shape, seed=i)
+        with torch.no_grad():
+            if name == 'gamma':
+                parameter.mul_(1 + 0.2 * values)
+            elif parameter.squeeze().ndim <= 1:
+                parameter.add_(0.2 * values)
+            else:
+                parameter.copy_(values / parameter[0].numel() ** 0.5)
+    return block
+
+
+def fused(block, recompute=False):
+    return lambda x: convnext_block(
+        x, block.dwconv, block.norm, block.pwconv1, block.grn, block.pwconv2, block.gamma, block.drop_path, recompute
+    )
+
+
+def step(forward, block, x, amp=None, seed=0):
+    """Result and all gradients of a block, for one fixed random gradient of the result."""
+    block.zero_grad()
+    x = x.detach().requires_grad_()
+    torch.manual_seed(seed)
+    with torch.autocast(x.device.type, amp or torch.bfloat16, enabled=amp is not None):
+        out = forward(x)
+    out.backward(noise(*out.shape, seed=99, dtype=torch.float32, device=str(x.device)).to(out.dtype))
+    return [out.detach(), x.grad, *(p.grad.clone() for p in block.parameters())]
+
+
+def compare(block, x, tolerance, amp=None, recompute=False):
+    with poisoned_memory():
+        got = step(fused(block, recompute), block, x, amp)
+    wanted = step(block.double(), block, x.double())
+    assert_close(got, wanted, tolerance)
+
+
+@pytest.mark.parametrize('shape', [(2, 16, 5, 7), (1, 16, 1, 1), (3, 24, 1, 9), (2, 100, 3, 3), (0, 16, 4, 4)])
+@pytest.mark.parametrize('use_grn', [False, True])
+def test_result_and_gradients(shape, use_grn, device, torch_depthwise):
+    block = build(shape[1], use_grn=use_grn).to(device)
+    compare(block, noise(*shape, device=device), 2e-6)
+
+
+def test_random_blocks(device, torch_depthwise):
+    rng = random.Random(0)
+    for _ in range(3):
+        shape = rng.randint(1, 3), rng.randint(1, 90), rng.randint(1, 9), rng.randint(1, 9)
+        scale, use_grn = rng.choice([0.0, 0.4]), rng.random() < 0.5
+        block = build(shape[1], layer_scale=scale, use_grn=use_grn, kernel_size=rng.choice([3, 7]))
+        compare(block.to(device), noise(*shape, device=device), 1e-5)
+
+
+@pytest.mark.parametrize('kernel_size', [3, 7])
+def test_with_our_depthwise_convolution(kernel_size, device):
+    compare(build(kernel_size=kernel_size).to(device), noise(1, 16, 5, 6, device=device), 2e-6)
+
+
+@pytest.mark.parametrize('layer_scale', [0.0, 0.3])
+@pytest.mark.parametrize('amp', [torch.bfloat16, torch.float16])
+def test_autocast_keeps_the_stream_in_float32(layer_scale, amp, device, torch_depthwise):
+    block = build(layer_scale=layer_scale).to(device)
+    x = noise(2, 16, 6, 6, device=device)
+    for stream in (x, x.to(amp)):  # as behind a LayerNorm, and behind a convolution
+        assert step(fused(block), block, stream, amp)[0].dtype == torch.float32
+    compare(block, x, 2 * TOLERANCE[amp], amp)
+
+
+@pytest.mark.parametrize('amp', [torch.bfloat16, torch.float16])
+def test_small_layer_scale_is_not_lost(amp, device, torch_depthwise):
+    """A float16 weight times 1e-6 would be zero. The stream is zero here, so that the branch is seen alone."""
+    block = build(layer_scale=1e-6).to(device)
+    x = torch.zeros(1, 16, 3, 3, device=device)
+    ours = step(fused(block), block, x, amp)[0]
+    assert_close([ours], [step(block.double(), block, x.double())[0]], TOLERANCE[amp])
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_whole_block_in_one_dtype(dtype, device, torch_depthwise):
+    block = build(layer_scale=0.5).to(device, dtype)
+    out = step(fused(block), block, noise(2, 16, 4, 4, dtype=dtype, device=device))[0]
+    assert out.dtype == dtype
+    compare(block, noise(2, 16, 4, 4, dtype=dtype, device=device), 4 * TOLERANCE.get(dtype, 1e-12))
+
+
+@pytest.mark.parametrize('use_grn', [False, True])
+@pytest.mark.parametrize('layer_scale', [0.0, 1.0])
+def test_same_random_numbers_for_dropped_paths(layer_scale, use_grn, device, torch_depthwise):
+    block = build(drop_path=0.5, layer_scale=layer_scale, use_grn=use_grn).to(device).train()
+    x = noise(8, 16, 2, 2, device=device)
+    eager, ours = step(block, block, x, seed=3), step(fused(block), block, x, seed=3)
+    dropped = (eager[0] == x).flatten(1).all(1)
+    assert dropped.any() and not dropped.all()
+    assert_close(ours, eager, 2e-6)
+    block.eval()
+    assert_close(step(fused(block), block, x), step(block, block, x), 2e-6)
+
+
+def test_drop_path_under_autocast_draws_as_eager_does(device, torch_depthwise):
+    block = build(drop_path=0.5).to(device).train()
+    x = noise(8, 16, 2, 2, device=device)
+    eager, ours = (step(f, block, x, torch.bfloat16, seed=3)[0] for f in (block, fused(block)))
+    assert torch.equal((eager == x).flatten(1).all(1), (ours == x).flatten(1).all(1))
+
+
+@pytest.mark.parametrize('use_grn', [False, True])
+def test_recomputing_gives_the_same_bits(use_grn, device, torch_depthwise):
+    block = build(use_grn=use_grn).to(device)
+    x = noise(2, 16, 5, 7, device=device)
+    kept, again, once_more = (step(fused(block, recompute), block, x) for recompute in (False, True, True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(again, once_more, strict=True))
+
+
+@pytest.mark.parametrize(('recompute', 'channels'), [(False, 2 * 16 + 64 + 1), (True, 2 * 16 + 1)])
+def test_numbers_kept_for_the_backward_pass(recompute, channels, device, torch_depthwise):
+    """Per pixel: x and the normalized input, GELU's input unless recomputed, and one factor of the normalization."""
+    block = build().to(device)
+    kept = {}
+
+    def pack(tensor):
+        if tensor.shape[:1] != block.pwconv1.weight.shape[:1] and tensor.numel() % 81 == 0:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = fused(block, recompute)(noise(1, 16, 9, 9, device=device).requires_grad_())
+    assert out.grad_fn is not None
+    assert sum(kept.values()) == channels * 81
+
+
+def test_memory_format_does_not_matter(device, torch_depthwise):
+    block = build().to(device)
+    x = noise(2, 16, 5, 7, device=device)
+    plain, last = (step(fused(block), block, t) for t in (x, x.contiguous(memory_format=torch.channels_last)))
+    assert plain[0].is_contiguous(memory_format=torch.channels_last)
+    assert all(torch.equal(a, b) for a, b in zip(plain, last, strict=True))
+
+
+def test_frozen_parts_and_inputs_get_no_gradient(device, torch_depthwise):
+    block = build().to(device)
+    block.norm.requires_grad_(False)
+    fused(block)(noise(1, 16, 3, 3, device=device)).sum().backward()
+    got = {name for name, p in block.named_parameters() if p.grad is not None}
+    assert got == {name for name, _ in block.named_parameters()} - {'norm.weight', 'norm.bias'}
+    with torch.no_grad():
+        assert fused(block)(noise(1, 16, 3, 3, device=device)).grad_fn is None
+
+
+@pytest.mark.parametrize(('use_grn', 'dtype'), [(True, torch.float32), (False, torch.float16)])
+def test_operator_keeps_torchs_rules(use_grn, dtype, device, torch_depthwise):
+    block = build(8, use_grn=use_grn).to(device)
+    x = noise(1, 8, 3, 2, device=device).requires_grad_()
+    grn = (None, None) if block.grn is None else (block.grn.gamma.detach().view(-1), block.grn.beta.detach().view(-1))
+    torch.library.opcheck(
+        torch.ops.densekit.convnext_block.default,
+        (
+            *(x, block.dwconv.weight, block.dwconv.bias, block.norm.weight, block.norm.bias),
+            *(block.pwconv1.weight, block.pwconv1.bias, *grn, block.pwconv2.weight, block.pwconv2.bias, block.gamma),
+            *(torch.ones(1, device=device), 1e-6, 1e-6, dtype, torch.float32, True),
+        ),
+    )
+
+
+@pytest.mark.parametrize('dtype', list(TOLERANCE))
+@pytest.mark.parametrize(('rows', 'columns'), [(7, 5), (96, 24), (400, 100), (8, 1300)])
+def test_folding(rows, columns, dtype, device):
+    """Against the definitions, with the gradients that float64 autograd gives for the same incoming ones."""
+    from backbones.kernels import fold_triton
+
+    weight, d_out = (noise(rows, columns, seed=i, device=device) for i in (0, 1))
+    bias, gamma, d_bias = (noise(rows, seed=i, device=device) for i in (2, 3, 4))
+    scale, shift = (noise(columns, seed=i, device=device) for i in (5, 6))
+    d_out = d_out.to(dtype)
+    with poisoned_memory():
+        norm = fold_triton.fold_norm(weight, bias, scale, shift, dtype)
+        d_norm = fold_triton.fold_norm_backward(weight, scale, shift, d_out, d_bias)
+        scaled = fold_triton.fold_scale(weight, bias, gamma, dtype)
+        d_scaled = fold_triton.fold_scale_backward(weight, bias, gamma, d_out, d_bias)
+
+    leaves = [t.double().requires_grad_() for t in (weight, bias, scale, shift, gamma)]
+    weight, bias, scale, shift, gamma = leaves
+    wanted = weight * scale, bias + weight @ shift
+    grads = torch.autograd.grad(wanted, (weight, scale, shift), (d_out.double(), d_bias.double()))
+    assert_close(norm, wanted, TOLERANCE[dtype])
+    assert_close(d_norm, grads, 1e-6)
+    wanted = weight * gamma[:, None], bias * gamma
+    grads = torch.autograd.grad(wanted, (weight, bias, gamma), (d_out.double(), d_bias.double()))
+    assert_close(scaled, wanted, TOLERANCE[dtype])
+    assert_close(d_scaled, grads, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ('convolution', 'act', 'words'),
+    [
+        (dict(kernel_size=7), nn.GELU(), None),
+        (dict(kernel_size=13), nn.GELU(), '13 x 13'),
+        (dict(kernel_size=7, dilation=2), nn.GELU(), 'dilation 2'),
+        (dict(kernel_size=7), nn.ReLU(), 'activation ReLU'),
+        (dict(kernel_size=7), nn.GELU(approximate='tanh'), 'tanh'),
+    ],
+)
+def test_reasons_against_kernels(convolution, act, words):
+    reason = unsupported(nn.Conv2d(8, 8, groups=8, **convolution), act)
+    assert reason is None if words is None else words in reason
+
+
+NARROW = dict(depths=(1, 1, 2, 1), channels=(8, 8, 16, 16))
+
+
+def pair(**options):
+    """The same random model twice, eager and on the kernels; the kernels' weights come from the eager checkpoint."""
+    torch.manual_seed(1)
+    options = {'arch': NARROW, 'layer_scale_init_value': 0.5, 'kernel_size': 3, **options}
+    eager, ours = ConvNeXt(**options, kernels='eager'), ConvNeXt(**options, kernels='triton')
+    with torch.no_grad():
+        for i, p in enumerate(eager.parameters()):
+            p.add_(noise(*p.shape, seed=i), alpha=0.2)
+    assert list(eager.state_dict()) == list(ours.state_dict())
+    ours.load_state_dict(eager.state_dict())
+    return eager, ours
+
+
+def train(model, images, steps, amp=None, seed=7):
+    """A few steps of SGD; the losses, and what was learned."""
+    torch.manual_seed(seed)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp is not None):
+            outputs = model(images)
+        loss = sum((out.float() - 1).square().mean() for out in outputs)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return [*losses, *model.state_dict().values()]
+
+
+def test_backbone_with_our_depthwise_convolution(device):
+    eager, ours = (model.to(device) for model in pair(use_grn=True))
+    x = noise(1, 3, 32, 36, device=device)
+    assert_close(train(ours, x, 1), train(eager, x, 1), 1e-5)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(drop_path_rate=0.4),
+        dict(use_grn=True, layer_scale_init_value=0.0, drop_path_rate=0.2),
+        dict(with_cp=True, drop_path_rate=0.4),
+        dict(with_cp=(0, 1), frozen_stages=1),
+        dict(layer_scale_init_value=0.0, out_indices=(1, 2)),
+    ],
+)
+def test_training_is_the_same(options, device, torch_depthwise):
+    eager, ours = (model.to(device).train() for model in pair(**options))
+    x = noise(3, 3, 32, 36, device=device)
+    assert_close(train(ours, x, 3), train(eager, x, 3), 1e-4)
+    eager.load_state_dict(ours.state_dict())
+
+
+def test_training_under_autocast_is_close(device, torch_depthwise):
+    eager, ours = (model.to(device).train() for model in pair())
+    reference = pair()[0].to(device).train()
+    x = noise(2, 3, 32, 36, device=device)
+    exact, ours, eager = (torch.stack(train(m, x, 3, amp)[:3]) for m, amp in ((reference, None), (ours, 1), (eager, 1)))
+    assert (ours - exact).abs().max() <= 2 * (eager - exact).abs().max() + 0.02 * exact.abs().max()
+
+
+def test_isotropic_backbone(device, torch_depthwise):
+    options = dict(arch=dict(depth=2, channels=16), out_channels=8)
+    eager, ours = (ConvNeXtIsotropic(**options, kernels=kernels).to(device) for kernels in ('eager', 'triton'))
+    ours.load_state_dict(eager.state_dict())
+    x = noise(1, 3, 48, 40, device=device)
+    assert_close(ours(x), eager(x), 1e-5)
+
+
+def test_compiled_with_sizes_left_open(device, torch_depthwise):
+    torch._dynamo.reset()
+    graphs, counts = [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend('aot_eager')(graph, inputs)
+
+    block = ConvNeXtBlock(
+        8, drop_path=0.3, layer_scale=1.0, use_grn=True, eps=1e-6, act=nn.GELU(), with_cp=False, kernels='triton'
+    )
+    block.to(device).train()
+    compiled = torch.compile(block, backend=backend, dynamic=True, fullgraph=True)
+    for height, width in ((3, 4), (5, 3), (4, 7)):
+        x = noise(2, 8, height, width, device=device)
+        ours, plain = (step(f, block, x, seed=3) for f in (compiled, block))
+        assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+        counts.append(len(graphs))
+    assert len(set(counts)) == 1
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Says for each block that ran on the kernels how many channels it has."""
+    from backbones.kernels import block
+
+    channels = []
+    convnext_block = block.convnext_block
+    record = lambda x, *args, **options: channels.append(x.shape[1]) or convnext_block(x, *args, **options)  # noqa: E731
+    monkeypatch.setattr(block, 'convnext_block', record)
+    return channels
+
+
+def test_kernels_run_when_asked_for(ran, device, torch_depthwise):
+    eager, ours = pair()
+    x = noise(1, 3, 32, 32, device=device)
+    eager.to(device)(x)
+    assert ran == []
+    ours.to(device)(x)
+    assert ran == [8, 8, 16, 16, 16]
+
+
+def test_a_hook_sees_its_layer(ran, device, torch_depthwise):
+    ours = pair()[1].to(device)
+    seen = []
+    ours.stages[2][0].pwconv1.register_forward_hook(lambda *_: seen.append(1))
+    ours.stages[2][1].norm.register_full_backward_hook(lambda *_: seen.append(2))
+    sum(out.sum() for out in ours(noise(1, 3, 32, 32, device=device))).backward()
+    assert seen == [1, 2] and ran == [8, 8, 16]
+
+
+def test_an_adapter_is_not_passed_over(ran, device, torch_depthwise):
+    eager, ours = (model.to(device) for model in pair())
+    for model in (eager, ours):
+        model.stages[1][0].pwconv1 = nn.Sequential(model.stages[1][0].pwconv1, nn.Tanh())
+    x = noise(1, 3, 32, 32, device=device)
+    assert_close(ours(x), eager(x), 1e-5)
+    assert ran == [8, 16, 16, 16]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_a_counter_of_operations_sees_those_it_knows(ran, monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    monkeypatch.setattr(choice, 'PROVEN', frozenset({(torch.cuda.get_device_capability(), torch.float32)}))
+    model, x = ConvNeXt(NARROW).cuda(), noise(1, 3, 32, 32, device='cuda')
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    assert ran == [] and counter.get_total_flops() > 0
+    model(x)
+    assert ran
+
+
+def test_auto_on_the_cpu_is_not_interpreted(ran):
+    ConvNeXt(NARROW, kernel_size=3)(noise(1, 3, 32, 32))
+    assert ran == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_auto_takes_what_is_proven(ran, monkeypatch, caplog):
+    x, model = noise(1, 3, 32, 32, device='cuda'), ConvNeXt(NARROW, output_stride=16).cuda()
+    monkeypatch.setattr(choice, 'PROVEN', frozenset())
+    model(x)
+    assert ran == []
+    monkeypatch.setattr(choice, 'PROVEN', frozenset({(torch.cuda.get_device_capability(), torch.float32)}))
+    model(x)
+    assert ran == [8, 8, 16, 16]
+    assert 'dilation 2' in caplog.text
+
+
+@pytest.mark.parametrize(
+    ('options', 'reason'),
+    [
+        (dict(output_stride=16), 'dilation 2'),
+        (dict(act_cfg=dict(type='ReLU')), 'activation ReLU'),
+    ],
+)
+def test_what_the_kernels_lack_is_named(options, reason, device, torch_depthwise):
+    model = ConvNeXt(NARROW, kernels='triton', **options).to(device)
+    with pytest.raises(RuntimeError, match=f"kernels='triton' cannot run this block: .*{reason}"):
+        model(noise(1, 3, 32, 32, device=device))
+
+
+def test_triton_without_a_device_is_an_error(monkeypatch):
+    model = ConvNeXt(NARROW, kernels='triton')
+    monkeypatch.setenv('TRITON_INTERPRET', '0')
+    with pytest.raises(RuntimeError, match=r"kernels='triton' cannot run here: there are none for cpu"):
+        model(noise(1, 3, 32, 32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32'])
+def test_no_kernel_spills_registers(dtype):
+    """Compiled for compute capability 9.0 without a device, in a process that does not interpret."""
+    pytest.importorskip('triton')
+    kernels = ['--kernels', 'fold', 'pointwise', 'grn', 'mlp', '--channels', '40', '96', '256', '--dtype', dtype]
+    done = subprocess.run(
+        [sys.executable, 'benchmarks/kernel_budget.py', '--json', *kernels],
+        cwd=Path(__file__).parents[2],
+        env={'HOME': str(Path.home())},
+        capture_output=True,
+        text=True,
+        timeout=3000,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert len(rows) > 40 and not any(row['spills'] or row['stack'] for row in rows)
