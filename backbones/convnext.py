@@ -79,10 +79,10 @@ class DepthwiseConv2d(nn.Conv2d):
             return super().forward(x)
         if not cpu.is_plain(x, self.weight, self.bias):
             return super().forward(x)
-        x_cast, weight, bias = cpu.autocast(x, self.weight, self.bias)
-        if not cpu.depthwise_pays(x_cast, self.kernel_size[0]):
+        if not cpu.depthwise_pays(x, self.kernel_size[0]):
             return super().forward(x)
-        return cpu.depthwise_conv2d(x_cast, weight, bias, self.dilation[0])
+        x, weight, bias = cpu.autocast(x, self.weight, self.bias)
+        return cpu.depthwise_conv2d(x, weight, bias, self.dilation[0])
 
 
 class Linear(nn.Linear):
@@ -102,8 +102,9 @@ class Linear(nn.Linear):
         """Maps ``(..., C_in)`` to ``(..., C_out)``."""
         if self.eager or not cpu.is_plain(x, self.weight, self.bias):
             return super().forward(x)
-        x_cast, weight, bias = cpu.autocast(x, self.weight, self.bias)
-        return cpu.linear(x_cast, weight, bias) if cpu.linear_pays(x_cast, weight) else super().forward(x)
+        if not cpu.linear_pays(x, self.weight):
+            return super().forward(x)
+        return cpu.linear(*cpu.autocast(x, self.weight, self.bias))
 
 
 class ConvNeXtBlock(nn.Module):
@@ -163,7 +164,7 @@ class ConvNeXtBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if self.kernels == 'auto' and cpu.is_plain(x):
+        if self.kernels == 'auto' and cpu.is_plain(x) and self._drops_paths():
             return self._forward_on_cpu(x)
         x_nhwc = self.dwconv(x).permute(0, 2, 3, 1)
         x_nhwc = self.act(self.pwconv1(self.norm(x_nhwc)))
@@ -180,6 +181,10 @@ class ConvNeXtBlock(nn.Module):
         kinds = (DepthwiseConv2d, nn.LayerNorm, Linear, nn.GELU, Linear, DropPath | nn.Identity)
         same = all(isinstance(layer, kind) for layer, kind in zip(layers, kinds, strict=True))
         return same and not any(map(_has_hooks, self.children()))
+
+    def _drops_paths(self) -> bool:
+        """Whether nothing else stands in the place of drop path, and nothing looks at it."""
+        return type(self.drop_path) in (DropPath, nn.Identity) and not _has_hooks(self.drop_path)
 
     def _forward_on_cpu(self, x: Tensor) -> Tensor:
         """The same in fewer passes over memory."""

@@ -35,10 +35,14 @@ def is_plain(*tensors: Tensor) -> bool:
 
 def autocast(*tensors: Tensor) -> list[Tensor]:
     """These CPU tensors as autocast, where it is on, would hand them to a convolution or a linear layer."""
-    if not torch.is_autocast_enabled('cpu'):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype('cpu')
-    return [x if x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+    return [x.to(product_dtype(x)) for x in tensors]
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """In which a convolution or linear layer of this CPU tensor is computed."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled('cpu'):
+        return torch.get_autocast_dtype('cpu')
+    return x.dtype
 
 
 def has_onednn(dtype: torch.dtype) -> bool:
@@ -53,10 +57,10 @@ def depthwise_pays(x: Tensor, kernel_size: int) -> bool:
     """Whether :func:`depthwise_conv2d` is the faster form in training. See benchmarks/cpu_block.py.
 
     Args:
-        x: ``(N, C, H, W)``, in the dtype that is computed in.
+        x: ``(N, C, H, W)``.
         kernel_size: of a square kernel.
     """
-    return kernel_size > _COLUMNS and x.numel() > 0 and has_onednn(x.dtype)
+    return kernel_size > _COLUMNS and x.numel() > 0 and has_onednn(product_dtype(x))
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1) -> Tensor:
@@ -164,10 +168,10 @@ def linear_pays(x: Tensor, weight: Tensor) -> bool:
     In bfloat16 ``F.linear`` is oneDNN's already, in float32 it is MKL's.
 
     Args:
-        x: ``(..., C_in)``, in the dtype that is computed in.
+        x: ``(..., C_in)``.
         weight: ``(C_out, C_in)``.
     """
-    return min(weight.shape) >= 96 and x.dtype == torch.float32 and can_fuse_linear(x)
+    return min(weight.shape) >= 96 and product_dtype(x) == torch.float32 and can_fuse_linear(x)
 
 
 def can_fuse_linear(x: Tensor) -> bool:

@@ -59,7 +59,7 @@ class ExactRoIExtractor(SingleRoIExtractor):
             ``(K, C, output height, output width)``.
         """
         rois = rois.float()
-        levels = self.map_roi_levels(rois, len(feats))
+        levels = self.map_roi_levels(rois, len(feats)).clamp(0, len(feats) - 1)  # of NaN too, which RoIAlign names
         if roi_scale_factor is not None:
             rois = self.roi_rescale(rois, roi_scale_factor)
         pooled = feats[0].new_zeros(len(rois), self.out_channels, *self.roi_layers[0].output_size)

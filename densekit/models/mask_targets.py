@@ -50,6 +50,7 @@ def mask_targets(
 
 def _of_image(boxes: Tensor, indices: Tensor, masks: BitmapMasks, size: tuple[int, int]) -> Tensor:
     """``(n, *size)``: the share of each cell that the mask covers."""
+    boxes = boxes.float()
     targets = boxes.new_zeros((len(boxes), *size))
     if not len(boxes):
         return targets

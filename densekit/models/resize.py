@@ -84,7 +84,8 @@ class _ResizedAndJoined(torch.autograd.Function):
         grads = []
         for (shape, dtype), start, needed in zip(ctx.like, starts, ctx.needs_input_grad[2:], strict=True):
             part = grad[:, start : start + shape[1]]
-            grads.append(_gradient(part, shape, ctx.align_corners).to(dtype) if needed else None)
+            with torch.autocast('cpu', enabled=False):
+                grads.append(_gradient(part, shape, ctx.align_corners).to(dtype) if needed else None)
         return None, None, *grads
 
 
@@ -112,6 +113,4 @@ def _gradient(grad: Tensor, shape: Sequence[int], align_corners: bool) -> Tensor
 
 def _weights(old: int, new: int, align_corners: bool) -> Tensor:
     """``(new, old)``: what each of the old cells is worth to a new one."""
-    eye = torch.eye(old)[None, None]
-    with torch.autocast('cpu', enabled=False):
-        return _interpolated(eye, (new, old), align_corners)[0, 0]
+    return _interpolated(torch.eye(old)[None, None], (new, old), align_corners)[0, 0]

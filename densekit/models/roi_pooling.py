@@ -41,7 +41,8 @@ class RoIAlignByProducts(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         """The gradient with respect to the features."""
         (rois,) = ctx.saved_tensors
-        return roi_align_gradient(grad, rois, ctx.shape, *ctx.how), None, None, None, None, None
+        with torch.autocast('cpu', enabled=False):
+            return roi_align_gradient(grad, rois, ctx.shape, *ctx.how), None, None, None, None, None
 
 
 def roi_align_gradient(grad: Tensor, rois: Tensor, shape: tuple[int, ...], scale: float, sampling_ratio: int) -> Tensor:
@@ -100,13 +101,14 @@ def _weights(start: Tensor, side: Tensor, samples: Tensor, bins: int, cells: int
     most = int(samples.max()) if len(samples) else 0
     step = side / bins
     index = torch.arange(most, dtype=side.dtype)
-    inner = (index + 0.5) * (step / samples)[:, None]  # (K, samples)
+    divisor = samples.clamp(min=1)  # a box without width has no sample
+    inner = (index + 0.5) * (step / divisor)[:, None]  # (K, samples)
     place = (start[:, None] + torch.arange(bins) * step[:, None])[:, :, None] + inner[:, None]
     counts = (index < samples[:, None])[:, None] & (place >= -1) & (place <= cells)
     place = place.clamp(0, cells - 1)
     low = place.floor()
     share = place - low
-    weight = counts / samples[:, None, None]
+    weight = counts / divisor[:, None, None]
     low = low.long()
     out = side.new_zeros((len(side), bins, cells))
     out.scatter_add_(2, low, weight * (1 - share))

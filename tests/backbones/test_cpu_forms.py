@@ -5,6 +5,7 @@ import platform
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import ConvNeXt, ConvNeXtIsotropic
@@ -286,6 +287,31 @@ def test_hooks_are_called_in_inference(randomize):
     with torch.no_grad():
         auto(torch.randn(1, 3, 64, 64))
     assert len(seen) == 3
+
+
+class Halved(nn.Module):
+    def forward(self, x):
+        return x * 0.5
+
+
+def test_another_module_in_the_place_of_drop_path_runs(randomize):
+    models = pair(randomize)
+    x, outputs = torch.randn(1, 3, 64, 64), []
+    for model in models:
+        for stage in model.stages:
+            for block in stage:
+                block.drop_path = Halved()
+        outputs.append(model.eval()(x)[3])
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_casts_no_more_than_the_eager_form(randomize):
+    x, casts = torch.randn(1, 3, 64, 64), []
+    for model in pair(randomize):
+        with torch.profiler.profile() as profile, torch.autocast('cpu', dtype=torch.bfloat16):
+            model(x)
+        casts.append(sum(event.name == 'aten::_to_copy' for event in profile.events()))
+    assert casts[1] <= casts[0]
 
 
 @needs_onednn

@@ -126,28 +126,6 @@ def test_bf16_on_the_cpu(tmp_path, accumulated):
     assert runner.model.dtypes == {torch.float32}
 
 
-@pytest.mark.parametrize('clip', [dict(max_norm=0.5), dict(max_norm=1e6), dict(type='value', clip_value=0.01)], ids=str)
-def test_clipping_is_mmengines_and_its_norm_is_logged_after_the_step(monkeypatch, clip):
-    stepped, logged = [], []
-    for cls in (AutocastOptimWrapper, OptimWrapper):
-        torch.manual_seed(0)
-        model = nn.Linear(8, 8)
-        wrapper = cls(optimizer=torch.optim.SGD(model.parameters(), lr=0.1), clip_grad=dict(clip))
-        events = []
-        monkeypatch.setattr(wrapper.message_hub, 'update_scalar', lambda *args, to=events: to.append(args))
-        wrapper.optimizer.register_step_pre_hook(lambda *args, to=events: to.append('step'))
-        wrapper.update_params(model(torch.ones(4, 8)).square().sum())
-        assert all(parameter.grad is None for parameter in model.parameters())
-        stepped.append(model.state_dict())
-        logged.append(events)
-    assert all(torch.equal(own, reference) for own, reference in zip(*map(dict.values, stepped), strict=True))
-    ours, mmengines = logged
-    assert sorted(ours, key=str) == sorted(mmengines, key=str)
-    if 'max_norm' in clip:
-        assert [event == 'step' for event in ours] == [True, False]
-        assert mmengines[0][0] == ours[1][0] == 'train/grad_norm'
-
-
 def test_autocast_takes_bfloat16_only():
     optimizer = torch.optim.SGD(Toy().parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"dtype='float16'.*takes 'bfloat16' only.*AmpOptimWrapper"):

@@ -67,6 +67,13 @@ def test_in_float32_pooling_is_mmdets(count, largest, factor):
     assert_equal_to_mmdets(ours, theirs)
 
 
+def test_a_box_of_nan_is_named():
+    rois = random_rois(5)
+    rois[2, 1] = float('nan')
+    with pytest.raises(ValueError, match='Look for a loss that is NaN'):
+        extractor(ExactRoIExtractor)(pyramid(), rois)
+
+
 def test_one_level_is_mmdets_too():
     rois = random_rois(12)
     ours = pooled_and_gradients(ExactRoIExtractor, rois, pyramid(strides=[4]))

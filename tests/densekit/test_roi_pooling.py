@@ -89,6 +89,20 @@ def test_boxes_at_and_beyond_the_border(way, box):
     torch.testing.assert_close(grad, reference, rtol=1e-10, atol=1e-10)
 
 
+def test_a_box_without_width_among_others(way):
+    rois = torch.cat([boxes(5), torch.tensor([[0.0, 96.0, 8.0, 96.0, 40.0]], dtype=torch.float64)])
+    (_, grad), (_, reference) = ours_and_torchvisions(rois)
+    torch.testing.assert_close(grad, reference, rtol=1e-10, atol=1e-10)
+
+
+def test_autocast_does_not_reach_the_gradient(way):
+    rois = boxes(40, torch.float32)
+    (_, reference), _ = ours_and_torchvisions(rois, dtype=torch.float32)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        (_, grad), _ = ours_and_torchvisions(rois, dtype=torch.float32)
+    assert torch.equal(grad, reference)
+
+
 def test_another_box_has_another_gradient(way):
     """The comparisons above can fail."""
     rois = boxes(40)
