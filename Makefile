@@ -53,7 +53,8 @@ tables: $(STAMP)
 bench: $(STAMP)
 	CUDA_VISIBLE_DEVICES= $(BIN)/python tools/benchmark.py --device cpu
 
-# Each tier ends within about 8 minutes; what is missing then, the next run of the same command measures.
+# Each tier has a budget of 8 minutes; a case that has begun is finished, and what is missing the next run of the same
+# command measures.
 TIERS ?= 1 2 3 4 5 6 7
 bench-gpu: $(STAMP)
 	for tier in $(TIERS); do $(BIN)/python tools/benchmark.py --device cuda --tier $$tier --budget 480 || exit 1; done

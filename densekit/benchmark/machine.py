@@ -24,6 +24,10 @@ _PACKAGES = (
 )
 
 
+RESULTS = 'benchmarks/results'
+"""In the root of a checkout; what a run writes there changes nothing that the next one measures."""
+
+
 def choose(device: str | None) -> torch.device:
     """The device of a name; by default the first GPU if there is one.
 
@@ -69,12 +73,12 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def revision() -> str:
-    """The commit of this checkout, with + where files differ from it; '' outside of one."""
+    """The commit of this checkout, with + where files but results differ from it or are new; '' outside of one."""
     root = Path(__file__).parents[2]
     try:
         head, changes = (
             subprocess.run(['git', *command], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (['rev-parse', '--short', 'HEAD'], ['status', '--porcelain', '--untracked-files=no'])
+            for command in (['rev-parse', '--short', 'HEAD'], ['status', '--porcelain', '--', '.', f':!{RESULTS}'])
         )
     except (OSError, subprocess.SubprocessError):
         return ''

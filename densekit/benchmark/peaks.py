@@ -1,8 +1,9 @@
 """What the machine does in a second: copies and matrix products, measured.
 
 The best of several tries, since these are limits. Matrix products are 4096 x 4096 on CUDA and 1024 x 1024 on a CPU;
-copies are of 1 GiB and of 256 MiB. Float32 multiply-adds are counted at the rate of float32 matrix products without
-TF32, which keep the multiply-add units busy: on CUDA somewhat below the data sheet.
+copies are of 1 GiB and of 256 MiB. The numbers are random: equal ones draw less power, and a GPU at its limit of power
+clocks higher with them than in any work. Float32 multiply-adds are counted at the rate of float32 matrix products
+without TF32, which keep the multiply-add units busy: on CUDA somewhat below the data sheet.
 """
 
 from collections.abc import Iterator
@@ -51,10 +52,12 @@ def measure(device: torch.device, *, side: int | None = None, size: int | None =
     on_gpu = device.type == 'cuda'
     side = side or (4096 if on_gpu else 1024)
     size = size or (2**30 if on_gpu else 2**28)
-    source, target = (torch.ones(size // 4, device=device) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)
+    source = torch.randn(size // 4, device=device, generator=generator)
+    target = torch.empty_like(source)
 
     def product(dtype: torch.dtype) -> float:
-        a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+        a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
         return 2.0 * side**3 / _best(lambda: torch.mm(a, b, out=out), device)
 

@@ -35,7 +35,8 @@ def run_cases(
         out: folder of results.
         say: takes a line of progress.
         rounds: turns of each candidate.
-        budget: seconds. No case begins that would end later if it took as long as the longest one did in this run.
+        budget: seconds. No case begins that would end later if it took as long as the longest one did in this run. What
+            has begun is finished, so the first case, and one that takes longer than all before, may end later.
         again: measure also what is in the file.
 
     Returns:

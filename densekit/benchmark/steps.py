@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,21 +14,23 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import HOOKS, METRICS, MODELS, DefaultScope
 from torch import nn
 
 from densekit.benchmark.breakdown import parts_of
 from densekit.benchmark.case import LAYOUTS, Candidate, Images, Record, Settings, measure_rows, written
 from densekit.benchmark.generated import jittered_truth, make_batch
 from densekit.benchmark.peers import OURS
-from densekit.benchmark.stock import stock_form
+from densekit.benchmark.stock import class_of, stock_form
 from densekit.benchmark.timing import Call, why
 from densekit.engine.config import load_config, set_amp
+from densekit.engine.guards import FiniteGuard
 from densekit.environment import mmcv_ext
 
 STOCK = 'stock'
 _POSITIVES = 128  # of the proposals of an image: as many as mmdet's sampler takes at most
 _FOUND_BIAS = 4.0  # makes an untrained box head find class 0 everywhere, so that there is something to suppress
+_RESULT_HOOKS = ('LabelMapsHook', 'RleMasksHook')  # choose, before a test, in what form a model gives its results
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,19 @@ class StepCase:
         steps: dict[Candidate, Step] = {}
 
         def make(candidate: Candidate) -> Call:
-            steps[candidate] = Step(self, configs[candidate.who], candidate.layout, settings.device)
-            return steps[candidate]
+            step = Step(self, configs[candidate.who], candidate.layout, settings.device, candidate.who == OURS)
+            if steps:
+                step.take_heads(next(iter(steps.values())))
+            steps[candidate] = step
+            return step
 
         candidates = [Candidate(who, layout) for layout in self.layouts for who in configs]
         rows = measure_rows({one: (lambda one=one: make(one)) for one in candidates}, settings)  # type: ignore[misc]
         for candidate, row in zip(candidates, rows, strict=True):
             if 'error' not in row:
                 try:
+                    if (found := steps[candidate].found()) is not None:
+                        row['found'] = found
                     row['parts'] = steps[candidate].parts()
                 except Exception as error:  # a model whose methods cannot be wrapped; its whole step is measured
                     row['parts_error'] = why(error)
@@ -104,16 +112,18 @@ class Step:
 
     Args:
         case: what to do.
-        cfg: of the model and its optimizer.
+        cfg: of the model, its optimizer, its metrics and cuDNN's choice of algorithms.
         layout: of the weights; features follow it.
         device: to run on.
+        guarded: a training step looks at losses and gradients as :class:`FiniteGuard` has it in each run of ours.
     """
 
-    def __init__(self, case: StepCase, cfg: Config, layout: str, device: torch.device) -> None:
+    def __init__(self, case: StepCase, cfg: Config, layout: str, device: torch.device, guarded: bool = True) -> None:
         self.device = device
         self.training = case.training
         self.dtype = case.dtype
         self.scope = cfg.get('default_scope', 'mmengine')
+        self.cudnn_benchmark = bool(cfg.get('env_cfg', {}).get('cudnn_benchmark'))
         torch.manual_seed(0)
         with DefaultScope.overwrite_default_scope(self.scope), _quietly():
             self.model: Any = revert_sync_batchnorm(MODELS.build(cfg.model))
@@ -122,17 +132,50 @@ class Step:
             memory_format = torch.channels_last if layout == 'nhwc' else torch.contiguous_format
             self.model.to(device=device, memory_format=memory_format).train(case.training)
             self.wrapper = build_optim_wrapper(self.model, cfg.optim_wrapper) if case.training else None
+            if not case.training:
+                _choose_results(self.model, cfg)
+        self.guard = FiniteGuard() if case.training and guarded else None
+        self.runner = SimpleNamespace(
+            optim_wrapper=self.wrapper, bare_model=lambda: self.model, world_size=1, rank=0, iter=0
+        )
+        if self.guard:
+            self.guard.before_train(self.runner)
         self.batch = make_batch(cfg, case.images)
 
-    def __call__(self) -> None:
-        """Takes a step."""
+    def __call__(self) -> Any:
+        """Takes a step; returns what the model does."""
         batch = {'inputs': list(self.batch['inputs']), 'data_samples': copy.copy(self.batch['data_samples'])}
-        with DefaultScope.overwrite_default_scope(self.scope):
+        with DefaultScope.overwrite_default_scope(self.scope), _cudnn_benchmark(self.cudnn_benchmark):
             if self.training:
-                self.model.train_step(batch, self.wrapper)
-                return
+                return self._train(batch)
             with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == 'bf16'):
-                self.model.test_step(batch)
+                return self.model.test_step(batch)
+
+    def _train(self, batch: dict[str, Any]) -> Any:
+        if self.guard is None:
+            return self.model.train_step(batch, self.wrapper)
+        self.guard.before_train_iter(self.runner, 0, batch)
+        losses = self.model.train_step(batch, self.wrapper)
+        self.guard.after_train_iter(self.runner, 0, batch, losses)
+        return losses
+
+    @torch.no_grad()
+    def take_heads(self, other: 'Step') -> None:
+        """Takes what is not in the backbone of another step's model, where names and shapes are the same.
+
+        Untrained heads with other weights find another number of objects.
+        """
+        theirs = other.model.state_dict()
+        for name, value in self.model.state_dict().items():
+            if not name.startswith('backbone.') and name in theirs and theirs[name].shape == value.shape:
+                value.copy_(theirs[name])
+
+    def found(self) -> int | None:
+        """Objects in the results of the whole batch; None in training and where results are no objects."""
+        if self.training:
+            return None
+        results = self()
+        return sum(len(one.pred_instances) for one in results) if 'pred_instances' in results[0] else None
 
     def parts(self) -> dict[str, float]:
         """Seconds of each part."""
@@ -161,6 +204,37 @@ def _make_realistic(model: Any, training: bool) -> None:
             classifier = getattr(module, 'fc_cls', None)
             if isinstance(classifier, nn.Linear):
                 nn.init.constant_(classifier.bias[:1], _FOUND_BIAS)
+
+
+def _choose_results(model: Any, cfg: Config) -> None:
+    """Has our hooks choose the form of the results as they do before a test with the metrics of the config."""
+    scope = cfg.get('default_scope', 'mmengine')
+    evaluators = cfg.get('test_evaluator') or []
+    kinds = [
+        class_of(one['type'], scope, (METRICS,))
+        for one in (evaluators if isinstance(evaluators, list) else [evaluators])
+    ]
+    if not kinds:
+        return
+    # The hooks look at the classes alone. Made as usual, a metric may read its annotations; made without that, one with
+    # __del__ (Cityscapes') misses what it never had, and the hooks know none of these.
+    metrics = [object() if kind is None or hasattr(kind, '__del__') else kind.__new__(kind) for kind in kinds]
+    evaluator = SimpleNamespace(metrics=metrics)
+    runner = SimpleNamespace(model=model, test_loop=SimpleNamespace(evaluator=evaluator))
+    for hook in [*cfg.get('default_hooks', {}).values(), *(cfg.get('custom_hooks') or [])]:
+        if hook and getattr(class_of(hook['type'], scope, (HOOKS,)), '__name__', '') in _RESULT_HOOKS:
+            HOOKS.build(hook).before_test(runner)
+
+
+@contextmanager
+def _cudnn_benchmark(on: bool) -> Iterator[None]:
+    """Within this context cuDNN tries its algorithms for each new shape, or does not."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @contextmanager

@@ -156,6 +156,7 @@ def _rows(case: Record) -> str:
     add('first ms', [milliseconds(row['first']) for row in good])
     add('cold ms', [milliseconds(row['cold']) if 'cold' in row else None for row in good])
     add('peak MiB', [_mebibytes(row) for row in good])
+    add('objects', [str(row['found']) if 'found' in row else None for row in good])
     add('launches', [str(row['kernels']) if 'kernels' in row else None for row in good])
     add('host ms', [milliseconds(row['host']) if 'host' in row else None for row in good])
     idle = [max(0.0, 1 - row['busy'] / _median(row)) if 'busy' in row else None for row in good]

@@ -1,4 +1,5 @@
 import json
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -123,6 +124,15 @@ def test_peaks():
     found = measure(CPU, side=64, size=2**16)
     assert min(found.as_dict().values()) > 0
     assert PEAKS.rates('bf16') == Rates(1e10, 2e11, 1e11) and PEAKS.rates('fp32') == Rates(1e10, 1e11, 1e11)
+
+
+def test_peaks_are_of_random_numbers(monkeypatch):
+    operands = {}
+    product = torch.mm
+    monkeypatch.setattr(torch, 'mm', lambda a, b, out: operands.update({a.dtype: (a, b)}) or product(a, b, out=out))
+    measure(CPU, side=64, size=2**16)
+    assert set(operands) == {torch.float32, torch.bfloat16}
+    assert all(0.9 < one.float().std() < 1.1 for pair in operands.values() for one in pair)
 
 
 def same_weights(model, shift=0):
@@ -380,6 +390,30 @@ def test_a_page_of_nothing(tmp_path):
     content = {**machine.describe(CPU), 'peaks': None, 'cases': {}}
     assert 'Nothing is measured yet' in render(content)
     assert not chart.draw(content, tmp_path / 'a.png') and not list(tmp_path.iterdir())
+
+
+def test_the_revision_says_whether_files_differ(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, '__file__', str(tmp_path / 'densekit/benchmark/machine.py'))
+    for name in ('GIT_DIR', 'GIT_WORK_TREE', 'GIT_INDEX_FILE'):
+        monkeypatch.delenv(name, raising=False)
+
+    def git(*argv):
+        subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=a@b', *argv], cwd=tmp_path, check=True)
+
+    git('init', '-q')
+    (tmp_path / 'a.py').write_text('1')
+    git('add', '.')
+    git('commit', '-q', '-m', 'a')
+    commit = machine.revision()
+    assert commit and not commit.endswith('+')
+    (tmp_path / 'benchmarks/results').mkdir(parents=True)
+    (tmp_path / 'benchmarks/results/a.json').write_text('{}')
+    assert machine.revision() == commit
+    (tmp_path / 'new.py').write_text('1')
+    assert machine.revision() == commit + '+'
+    (tmp_path / 'new.py').unlink()
+    (tmp_path / 'a.py').write_text('2')
+    assert machine.revision() == commit + '+'
 
 
 def test_devices():

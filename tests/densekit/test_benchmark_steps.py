@@ -11,7 +11,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS
 from torch import nn
 
-from densekit.benchmark import breakdown, data_speed, fit, steps
+from densekit.benchmark import breakdown, data_speed, fit, machine, steps
 from densekit.benchmark.breakdown import parts_of
 from densekit.benchmark.case import Settings
 from densekit.benchmark.generated import OBJECTS, jittered_truth, make_batch
@@ -19,7 +19,11 @@ from densekit.benchmark.peaks import Peaks
 from densekit.benchmark.peers import StageOutputs
 from densekit.benchmark.steps import Step, StepCase
 from densekit.benchmark.stock import BenchmarkBackbone, stock_form
+from densekit.benchmark.table import render
+from densekit.engine import guards
 from densekit.engine.config import load_config
+from densekit.engine.guards import NonFiniteError
+from densekit.evaluation.rle import RleMasks
 from densekit.models import ExactRPNHead, RleMaskHead
 
 CPU = torch.device('cpu')
@@ -37,6 +41,10 @@ def seg(tiny, quick_mmengine):
     return tiny.seg
 
 
+def saved(record):
+    return {**record, 'tier': 0, 'date': '', 'command': '', 'revision': ''}
+
+
 @pytest.mark.parametrize(('dtype', 'training'), [('fp32', True), ('bf16', False)])
 def test_a_detector_beside_its_stock_form(det, dtype, training):
     case = StepCase(det, IMAGES, dtype, training, layouts=('nhwc',))
@@ -50,6 +58,10 @@ def test_a_detector_beside_its_stock_form(det, dtype, training):
         trained = {'mask targets', 'losses', 'optimizer'}
         assert set(row['parts']) == (common | trained if training else common)
         assert min(row['parts'].values()) >= 0 and row['peak_bytes'] > 0
+    assert [('found' in row) for row in record['rows']] == [not training] * 2
+    if not training:
+        assert len({row['found'] for row in record['rows']}) == 1 and record['rows'][0]['found'] > 0
+        assert '| objects |' in render({**machine.describe(CPU), 'peaks': None, 'cases': {'a': saved(record)}})
     assert 'backbone' in record['text'] and 'RleMaskHead as FCNMaskHead' in record['text']
 
 
@@ -75,6 +87,83 @@ def test_nothing_of_ours_is_in_the_stock_form(det):
     counts = [sum(p.numel() for p in model.parameters()) for model in models]
     assert counts[0] == counts[1]
     assert ours.model.rpn_head.type == 'ExactRPNHead' and 'ExactRPNHead as RPNHead' in done  # a copy is changed
+
+
+def both(case):
+    ours = case.ours()
+    return [Step(case, cfg, 'nchw', CPU, guarded=cfg is ours) for cfg in (ours, stock_form(ours)[0])]
+
+
+def test_only_our_step_looks_for_numbers_that_are_none(det):
+    for step, stops in zip(both(StepCase(det, IMAGES, 'fp32')), (True, False), strict=True):
+        bias = step.model.rpn_head.rpn_cls.bias
+        step()
+        assert bias.isfinite().all()
+        bias.register_hook(lambda gradient: gradient * float('nan'))
+        if stops:
+            with pytest.raises(NonFiniteError, match='a gradient is NaN'):
+                step()
+            assert bias.isfinite().all()  # it came before the step
+        else:
+            step()
+            assert bias.isnan().all()
+
+
+def test_the_guard_counts_for_the_optimizer(det, monkeypatch):
+    seen = []
+    agree = guards.agree
+    monkeypatch.setattr(guards, 'agree', lambda *args: seen.append(clock[0].current) or agree(*args))
+    clock = []
+    start = breakdown.Clock.start
+    monkeypatch.setattr(breakdown.Clock, 'start', lambda self: clock.append(self) or start(self))
+    monkeypatch.setattr(breakdown, '_STEPS', 1)
+    StepCase(det, IMAGES, 'fp32').build(CPU).parts()
+    assert seen == ['optimizer']
+
+
+@pytest.mark.parametrize('on', [True, False])
+def test_both_let_cudnn_choose_as_the_config_says(seg, monkeypatch, on):
+    for before in (True, False):
+        monkeypatch.setattr(torch.backends.cudnn, 'benchmark', before)
+        for step in both(StepCase(seg, IMAGES, training=False, options=(f'env_cfg.cudnn_benchmark={on}',))):
+            seen = []
+            step.model.backbone.register_forward_hook(lambda *args, s=seen: s.append(torch.backends.cudnn.benchmark))
+            step()
+            assert seen == [on] and torch.backends.cudnn.benchmark == before
+
+
+def test_results_have_the_form_that_metrics_need(det, seg):
+    ours, stock = both(StepCase(det, IMAGES, 'fp32', training=False))
+    assert isinstance(ours()[0].pred_instances.masks, RleMasks)
+    assert isinstance(stock()[0].pred_instances.masks, torch.Tensor)
+    ours, stock = both(StepCase(seg, IMAGES, 'fp32', training=False))
+    assert ['seg_logits' in step()[0] for step in (ours, stock)] == [False, True]
+
+
+@pytest.mark.parametrize('option', ['default_hooks.label_maps=None', 'test_evaluator.type=CityscapesMetric'])
+def test_results_are_whole_where_somebody_needs_them(seg, option):
+    ours = StepCase(seg, IMAGES, 'fp32', training=False, options=(option,)).build(CPU)
+    assert 'seg_logits' in ours()[0] and 'pred_sem_seg' in ours()[0]
+
+
+def test_heads_have_the_same_weights(det, monkeypatch):
+    seed, seeds = torch.manual_seed, iter((0, 1))
+    monkeypatch.setattr(torch, 'manual_seed', lambda same: seed(next(seeds)))
+    ours, stock = both(StepCase(det, IMAGES, 'fp32', training=False))
+
+    def unlike():
+        theirs = stock.model.state_dict()
+        return [
+            name
+            for name, value in ours.model.state_dict().items()
+            if not name.startswith('backbone.') and not torch.equal(value, theirs[name])
+        ]
+
+    assert 'rpn_head.rpn_conv.weight' in unlike()
+    before = {name: value.clone() for name, value in stock.model.backbone.state_dict().items()}
+    stock.take_heads(ours)
+    assert unlike() == []
+    assert all(torch.equal(value, before[name]) for name, value in stock.model.backbone.state_dict().items())
 
 
 def test_a_class_of_ours_that_takes_more_loses_it(det, monkeypatch):
