@@ -118,6 +118,7 @@ def config(folder, base, text=''):
     (folder / 'note_rank.py').write_text(HOOK)
     path = folder / 'parallel.py'
     imports = ['densekit.ops', 'backbones', 'densekit.engine', 'densekit.models', 'densekit.data']
+    imports += ['densekit.models.slide', 'densekit.models.uper_head', 'densekit.models.label_maps']
     imports += ['densekit.evaluation', 'densekit.evaluation.coco', 'note_rank']
     path.write_text(
         f"_base_ = '{base}'\n{text}\ncustom_imports = dict(imports={imports})\ncustom_hooks = [dict(type='NoteRank')]\n"
