@@ -155,7 +155,7 @@ class ConvNeXtBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(N, C, H, W)`` to ``(N, C, H, W)``."""
-        if triton_block.runs(self.kernels, x, self.dwconv, self.act) and self._is_untouched():
+        if self._runs_on_triton(x):
             parts = (self.dwconv, self.norm, self.pwconv1, self.grn, self.pwconv2, self.gamma, self.drop_path)
             return triton_block.convnext_block(x, *parts, recompute=self.with_cp)
         if self.with_cp and torch.is_grad_enabled():
@@ -175,16 +175,39 @@ class ConvNeXtBlock(nn.Module):
             x_nhwc = self.gamma * x_nhwc
         return x + self.drop_path(x_nhwc.permute(0, 3, 1, 2))
 
-    def _is_untouched(self) -> bool:
-        """Whether all layers are those that were built: what an adapter put there, or a hook looks at, is to run."""
-        layers = (self.dwconv, self.norm, self.pwconv1, self.act, self.pwconv2, self.drop_path)
-        kinds = (DepthwiseConv2d, nn.LayerNorm, Linear, nn.GELU, Linear, DropPath | nn.Identity)
-        same = all(isinstance(layer, kind) for layer, kind in zip(layers, kinds, strict=True))
-        return same and not any(map(_has_hooks, self.children()))
+    def _runs_on_triton(self, x: Tensor) -> bool:
+        if not triton_block.runs(self.kernels, x):
+            return False
+        if reason := self._altered():
+            choice.say_once(f'Some ConvNeXt blocks run without Triton kernels (kernels={self.kernels!r}): {reason}')
+            return False
+        return triton_block.supports(self.kernels, self.dwconv, self.act)
+
+    def _altered(self) -> str | None:
+        """What is no longer as it was built and so is to run, such as an adapter or a hook, in words."""
+        built: list[tuple[str, nn.Module | None, tuple[type[nn.Module], ...]]] = [
+            ('dwconv', self.dwconv, (DepthwiseConv2d,)),
+            ('norm', self.norm, (nn.LayerNorm,)),
+            ('pwconv1', self.pwconv1, (Linear,)),
+            ('act', self.act, tuple(ACTIVATIONS.values())),
+            ('grn', self.grn, (GRN,)),
+            ('pwconv2', self.pwconv2, (Linear,)),
+            ('drop_path', self.drop_path, (DropPath, nn.Identity)),
+        ]
+        for name, layer, kinds in built:
+            if layer is None:  # no GRN
+                continue
+            if not _computes_as(layer, *kinds):
+                return f'{name} was replaced'
+            if _has_hooks(layer):
+                return f'{name} has a hook'
+            if any(parameter is None for parameter in layer._parameters.values()):
+                return f'{name} lacks its weight or bias'
+        return None if getattr(self.drop_path, 'scale_by_keep', True) else 'drop_path has scale_by_keep=False'
 
     def _drops_paths(self) -> bool:
         """Whether nothing else stands in the place of drop path, and nothing looks at it."""
-        return type(self.drop_path) in (DropPath, nn.Identity) and not _has_hooks(self.drop_path)
+        return _computes_as(self.drop_path, DropPath, nn.Identity) and not _has_hooks(self.drop_path)
 
     def _forward_on_cpu(self, x: Tensor) -> Tensor:
         """The same in fewer passes over memory."""
@@ -209,17 +232,21 @@ class ConvNeXtBlock(nn.Module):
 
     def _can_fuse(self, x: Tensor) -> bool:
         """Whether nothing asks for what lies between the operators: no gradient, no hook, no other layer."""
-        layers = (self.pwconv1, self.act, self.pwconv2)
+        layers = ((self.pwconv1, Linear), (self.act, nn.GELU), (self.pwconv2, Linear))
         return (
             not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())))
             and not torch.is_autocast_enabled('cpu')
-            and [type(layer) for layer in layers] == [Linear, nn.GELU, Linear]
+            and all(_computes_as(layer, kind) and not _has_hooks(layer) for layer, kind in layers)
             and getattr(self.act, 'approximate', None) == 'none'
-            and not any(_has_hooks(layer) for layer in layers)
             and cpu.is_plain(*self.pwconv1.parameters(), *self.pwconv2.parameters())
             and x.dtype == self.pwconv1.weight.dtype
             and cpu.can_fuse_linear(x)
         )
+
+
+def _computes_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether the module computes what one of these does: neither a subclass nor the object has its own forward."""
+    return any(type(module).forward is kind.forward for kind in kinds) and 'forward' not in vars(module)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -274,7 +301,9 @@ class ConvNeXt(BaseModule):
         kernels: 'eager' for plain PyTorch, which the others are tested against; 'auto' for the form that is fastest
             for the device and dtype, equal within rounding, with Triton kernels where they are proven
             (``backbones.kernels.choice.PROVEN``); 'triton' for those in any case: on CUDA from compute capability 8.0,
-            with exact GELU and without dilation, and an error elsewhere. Parameters and checkpoints are the same.
+            with exact GELU and without dilation, and an error elsewhere; a block that was altered, by an adapter or a
+            hook, runs as it is and the log says so once. There a counter of FLOPs sees one operator per block, for
+            which it has no formula. Parameters and checkpoints are the same.
 
     Attributes:
         channels: C of each output.

@@ -7,7 +7,8 @@
 
 Compiles what the launch functions of backbones/kernels would launch. A spill is an error. "Programs" is how many fit on
 a multiprocessor of Hopper by registers, shared memory and threads. "Multiply-adds" is the share of float32 FMA among
-the instructions of the innermost loop that has most of them: what part of the peak that loop can reach at best.
+the instructions of the innermost loop that has most of them: what part of the peak that loop can reach at best. "At the
+border" is the same of the loop that has fewest of them; narrow maps run no other.
 """
 
 import argparse
@@ -71,20 +72,29 @@ def measure(built: Any, warps: int) -> dict[str, Any]:
     registers, shared, threads = used['REG'], built.metadata.shared, 32 * warps
     per_program = warps * (-(-registers * 32 // 256) * 256)  # handed out to warps by 256
     fits = min(REGISTERS // per_program, SHARED // (shared + 1024), THREADS // threads, PROGRAMS)
-    loop = best_loop(code)
+    loops = inner_loops(code)
     return {
         'registers': registers,
         'stack': used['STACK'],
         'spills': used['LOCAL'] + len(re.findall(r'\b(?:LDL|STL)\b', code)),
         'shared memory': shared,
         'programs': fits,
-        'multiply-adds': round(loop['FFMA'] / max(loop.total(), 1), 2),
-        'loop': dict(loop.most_common()),
+        'multiply-adds': round(share(loops[0]), 2),
+        'at the border': round(share(loops[-1]), 2),
+        'loop': dict(loops[0].most_common()),
     }
 
 
-def best_loop(code: str) -> collections.Counter[str]:
-    """The instructions of a loop that contains no other, the one with the largest share of multiply-adds."""
+def share(loop: collections.Counter[str]) -> float:
+    """Of the multiply-adds among the instructions of a loop."""
+    return loop['FFMA'] / max(loop.total(), 1)
+
+
+def inner_loops(code: str) -> list[collections.Counter[str]]:
+    """The instructions of each loop with multiply-adds that contains no other, the largest share of them first.
+
+    If there is none, of an empty one.
+    """
     labels: dict[str, int] = {}
     names: list[str] = []
     jumps: list[tuple[int, int]] = []
@@ -98,7 +108,7 @@ def best_loop(code: str) -> collections.Counter[str]:
             names.append(instruction[1])
     inner = [a for a in jumps if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in jumps)]
     loops = [collections.Counter(names[start:end]) for start, end in inner]
-    return max(loops, key=lambda loop: loop['FFMA'] / loop.total(), default=collections.Counter())
+    return sorted((loop for loop in loops if loop['FFMA']), key=share, reverse=True) or [collections.Counter()]
 
 
 def launches(module: str, channels: int, sizes: list[int], dtype: torch.dtype) -> list[tuple[str, Any]]:

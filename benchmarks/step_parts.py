@@ -26,11 +26,9 @@ from mmdet.structures.mask import BitmapMasks, mask_target
 from mmengine.config import ConfigDict
 from mmengine.logging import MMLogger
 from mmseg.models.decode_heads import UPerHead
-from torch.nn import functional
 
 from backbones import ConvNeXt
 from densekit.models.mask_targets import mask_targets
-from densekit.models.resize import resize
 from densekit.models.roi_pooling import RoIAlignByProducts
 from densekit.models.uper_head import LeanUPerHead
 
@@ -118,22 +116,11 @@ def head(
     return step(stock), step(ours)
 
 
-def resizing() -> tuple[Work, Work]:
-    """A level of 8 x 512 x 32 x 32 to twice its size, and back its gradient."""
-    x = torch.randn(8, 512, 32, 32, device=DEVICE).to(memory_format=torch.channels_last).requires_grad_()
-    grad = torch.randn(8, 512, 64, 64, device=DEVICE).to(memory_format=torch.channels_last)
-    return (
-        lambda: torch.autograd.grad(functional.interpolate(x, size=(64, 64), mode='bilinear'), x, grad),
-        lambda: torch.autograd.grad(resize(x, (64, 64)), x, grad),
-    )
-
-
 SMALL, TINY = [24, 48, 96, 192], [96, 192, 384, 768]
 PARTS: dict[str, Callable[[], tuple[Work, Work]]] = {
     'mask targets of one image, three stages': targets_of_masks,
     'RoIAlign, 200 boxes of 7 x 7 on 8 x 64 x 24 x 24': lambda: pooling(8, 64, 24, 200, 7),
     'RoIAlign, 64 boxes of 14 x 14 on 2 x 256 x 64 x 64': lambda: pooling(2, 256, 64, 64, 14),
-    'resizing 8 x 512 x 32 x 32 to 64 x 64': resizing,
     'AdamW over ConvNeXt-T': optimizer,
     'UPerHead of the demo': lambda: head(6, 64, SMALL, 8, 24, False),
     'UPerHead of the demo, channels_last': lambda: head(6, 64, SMALL, 8, 24, True),

@@ -2,10 +2,14 @@
 
 Same parameters, same result within the rounding of the dtype, same random numbers for dropped paths. One operator
 forward and one backward: what a block costs the CPU matters where batches are small. The norm's affine map and the
-layer scale are folded into the linear layers at every step (:mod:`backbones.kernels.fold_triton`). For the backward
-pass there are kept x, the normalized input of the first linear layer and, unless it is recomputed, the GELU's input.
+layer scale are folded into the linear layers at every step (:mod:`backbones.kernels.fold_triton`).
+
+For the backward pass there are kept x, the normalized input of the first linear layer with a number per pixel and,
+unless it is recomputed, the GELU's input; where the layer scale is not folded (float16) the branch's result; with a GRN
+4 C numbers per image; and the folded weights, 8 C^2 numbers a block.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,16 +31,15 @@ def unsupported(dwconv: nn.Conv2d, act: nn.Module) -> str | None:
     return None
 
 
-def runs(kernels: str, x: Tensor, dwconv: nn.Conv2d, act: nn.Module) -> bool:
-    """Whether a block of these parts runs on the Triton kernels, rather than as eager code.
+def runs(kernels: str, x: Tensor) -> bool:
+    """Whether a block of the usual parts runs on the Triton kernels, rather than as eager code.
 
     With 'auto' whatever looks on, such as an exporter or a counter of operations, sees the operators everybody knows.
+    With 'triton' it sees one operator for the block, of which a counter of FLOPs knows nothing and counts none.
 
     Args:
         kernels: a member of ``choice.KERNELS``.
         x: the residual stream, ``(N, C, H, W)``.
-        dwconv: the depthwise convolution.
-        act: the activation.
 
     Raises:
         RuntimeError: if 'triton' is asked for where it cannot run.
@@ -45,14 +48,27 @@ def runs(kernels: str, x: Tensor, dwconv: nn.Conv2d, act: nn.Module) -> bool:
         return False
     if kernels == 'auto' and (x.device.type != 'cuda' or _is_watched()):
         return False
-    if choice.choose(kernels, x.device, product_dtype(x)) == 'eager':
-        return False
-    if reason := unsupported(dwconv, act):
-        if kernels == 'triton':
-            raise RuntimeError(f"kernels='triton' cannot run this block: {reason}. Give kernels='auto' or 'eager'")
-        choice.say_once(f"Some ConvNeXt blocks run without Triton kernels (kernels='auto'): {reason}")
-        return False
-    return True
+    return choice.choose(kernels, x.device, product_dtype(x)) == 'triton'
+
+
+def supports(kernels: str, dwconv: nn.Conv2d, act: nn.Module) -> bool:
+    """Whether there are kernels for a block of these parts; if not, says so once.
+
+    Args:
+        kernels: 'auto' or 'triton'.
+        dwconv: the depthwise convolution.
+        act: the activation.
+
+    Raises:
+        RuntimeError: if there are none and 'triton' is asked for.
+    """
+    reason = unsupported(dwconv, act)
+    if reason is None:
+        return True
+    if kernels == 'triton':
+        raise RuntimeError(f"kernels='triton' cannot run this block: {reason}. Give kernels='auto' or 'eager'")
+    choice.say_once(f"Some ConvNeXt blocks run without Triton kernels (kernels='auto'): {reason}")
+    return False
 
 
 def _is_watched() -> bool:
@@ -102,13 +118,17 @@ def convnext_block(
     branch_dtype = dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
     factor = _drop_factor(drop_path, x, branch_dtype)
     autocast = x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
-    return _block(
+    inputs = (
         *(x, dwconv.weight, dwconv.bias, norm.weight, norm.bias, pwconv1.weight, pwconv1.bias),
         *((None, None) if grn is None else (grn.gamma.view(-1), grn.beta.view(-1))),
         *(pwconv2.weight, pwconv2.bias, gamma, factor),
         *(norm.eps, 0.0 if grn is None else grn.eps, dtype, _math(x) if autocast else x.dtype),
         not recompute and torch.is_grad_enabled(),
-    )[0]
+    )
+    if torch.compiler.is_compiling() or _is_watched():
+        return _block(*inputs)[0]
+    result: Tensor = _Block.apply(*inputs)
+    return result
 
 
 def _drop_factor(drop_path: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -120,8 +140,7 @@ def _drop_factor(drop_path: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor 
     return kept.to(_math(kept)) / (1 - probability)
 
 
-@torch.library.custom_op('densekit::convnext_block', mutates_args=())
-def _block(
+def _forward(
     x: Tensor,
     dw_weight: Tensor,
     dw_bias: Tensor,
@@ -141,7 +160,7 @@ def _block(
     stream_dtype: torch.dtype,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The result, and what the backward pass needs; :func:`_block_backward` names it."""
+    """The result, and what the backward pass needs; :func:`_backward` names it."""
     from backbones.kernels import depthwise_triton, fold_triton, pointwise_triton
 
     x = _last(x)
@@ -153,12 +172,16 @@ def _block(
     else:
         w2_folded, bias, scale = w2.to(dtype, copy=True), b2, gamma
     y, h, energy = mlp.forward(x_norm, w1_folded, b1_folded, w2_folded, grn_weight, grn_bias, grn_eps)
+    # Made in its final shape: a view could not be changed in place by whoever gets it.
+    out = torch.empty_like(x, dtype=stream_dtype, memory_format=torch.channels_last)
     operands = (_rows(x), y.view(-1, y.shape[3]), bias, scale, factor, x.shape[2] * x.shape[3])
-    out = pointwise_triton.residual(*operands, stream_dtype)
+    pointwise_triton.residual_into(_rows(out), *operands)
     none = y.new_empty(0)
     kept_h, kept_y = h if keep else none, none.clone() if scale is None else y
-    out = out.view(_nhwc(x)).permute(0, 3, 1, 2)
     return out, x_norm, rstd, kept_h, energy, w1_folded, b1_folded, w2_folded, kept_y
+
+
+_block = torch.library.custom_op('densekit::convnext_block', _forward, mutates_args=())
 
 
 @_block.register_fake
@@ -169,7 +192,7 @@ def _(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     math = torch.promote_types(dtype, torch.float32)
     new = lambda *shape, dtype=dtype: x.new_empty(shape, dtype=dtype)  # noqa: E731
     return (
-        new(n, height, width, c, dtype=stream_dtype).permute(0, 3, 1, 2),
+        torch.empty_like(x, dtype=stream_dtype, memory_format=torch.channels_last),
         new(n, height, width, c),
         new(n, height, width, dtype=math),
         new(pixels, w1.shape[0]) if keep else new(0),
@@ -179,8 +202,7 @@ def _(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     )
 
 
-@torch.library.custom_op('densekit::convnext_block_backward', mutates_args=())
-def _block_backward(
+def _backward(
     grad: Tensor,
     x: Tensor,
     dw_weight: Tensor,
@@ -203,12 +225,14 @@ def _block_backward(
     y: Tensor | None,
     grn_eps: float,
     needs_dx: bool,
+    needs_parameters: bool,
 ) -> list[Tensor]:
-    """The gradients of x and of the parameters, in the order of the forward operator's arguments.
+    """The gradients of x and of the parameters, in the order of the forward operator's arguments and in their dtypes.
 
-    What there is no gradient for has no elements. The forward operator's arguments, then what it returned behind its
-    result: the normalized input of the first linear layer and the factor of each pixel that normalized it, GELU's
-    input, GRN's norms, the folded weights, and the branch's result where the layer scale is not folded.
+    Those of the biases of convolution and first linear layer have their weight's. What is not needed, or not there,
+    has no elements. The forward operator's arguments, then what it returned behind its result: the normalized input of
+    the first linear layer and the factor of each pixel that normalized it, GELU's input, GRN's norms, the folded
+    weights, and the branch's result where the layer scale is not folded.
     """
     from backbones.kernels import depthwise_triton, fold_triton, pointwise_triton
 
@@ -218,40 +242,51 @@ def _block_backward(
     y_rows = None if y is None else y.view(-1, y.shape[3])
     dy, d_b2, d_gamma = pointwise_triton.residual_backward(_rows(grad), y_rows, b2, scale, factor, pixels, dtype)
     d_x_norm, d_w1, d_b1, d_w2, d_grn_weight, d_grn_bias = mlp.backward(
-        dy.view(_nhwc(x)), x_norm, w1_folded, b1_folded, w2_folded, grn_weight, grn_bias, h, energy, grn_eps
+        *(dy.view(_nhwc(x)), x_norm, w1_folded, b1_folded, w2_folded, grn_weight, grn_bias, h, energy, grn_eps),
+        weights=needs_parameters,
     )
+    flat = (-1, x_norm.shape[3])
+    du = pointwise_triton.normalize_backward(x_norm.view(flat), rstd.view(-1), d_x_norm.view(flat), dtype)
+    du, dw_weight = du.view(_nhwc(x)).permute(0, 3, 1, 2), dw_weight.contiguous()
+    dx = depthwise_triton.input_gradient(du, dw_weight, x.dtype, more=grad) if needs_dx else x.new_empty(0)
+    if not needs_parameters:
+        return [dx, *(x.new_empty(0) for _ in range(11))]
     if gamma is not None and y is None:
         d_w2, d_b2, d_gamma = fold_triton.fold_scale_backward(w2.contiguous(), b2, gamma, d_w2, d_b2)
     d_w1, d_norm_weight, d_norm_bias = fold_triton.fold_norm_backward(
         w1.contiguous(), norm_weight, norm_bias, d_w1, d_b1
     )
-    flat = (-1, x_norm.shape[3])
-    du = pointwise_triton.normalize_backward(x_norm.view(flat), rstd.view(-1), d_x_norm.view(flat), dtype)
-    du = du.view(_nhwc(x)).permute(0, 3, 1, 2)
-    dw_weight = dw_weight.contiguous()
     d_dw_weight, d_dw_bias = depthwise_triton.weight_gradient(x, du, dw_weight, bias=True)
-    dx = depthwise_triton.input_gradient(du, dw_weight, x.dtype, more=grad) if needs_dx else du.new_empty(0)
-    grads = [dx, d_dw_weight, d_dw_bias, d_norm_weight, d_norm_bias, d_w1, d_b1]
-    return [*grads, d_grn_weight, d_grn_bias, d_w2, d_b2, d_b2.new_empty(0) if d_gamma is None else d_gamma]
+    grads = (d_dw_weight, d_dw_bias, d_norm_weight, d_norm_bias, d_w1, d_b1, d_grn_weight, d_grn_bias, d_w2, d_b2)
+    like = (dw_weight, dw_weight, norm_weight, norm_bias, w1, w1, grn_weight, grn_bias, w2, b2, gamma)
+    pairs = zip((*grads, d_gamma), like, strict=True)
+    return [dx, *(x.new_empty(0) if g is None or t is None else g.to(t.dtype) for g, t in pairs)]
+
+
+_block_backward = torch.library.custom_op('densekit::convnext_block_backward', _backward, mutates_args=())
 
 
 @_block_backward.register_fake
 def _(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
-    dw_weight, norm_weight, norm_bias, w1, grn_weight, grn_bias, w2, b2, gamma, *others = rest
-    dw_bias, b1, needs_dx = norm_bias, others[6], others[-1]
+    dw_weight, norm_weight, norm_bias, w1, grn_weight, grn_bias, w2, b2, gamma, *_, needs_dx, needs_parameters = rest
+    dw_bias, b1 = dw_weight[:, 0, 0, 0], w1[:, 0]
     like = (dw_weight, dw_bias, norm_weight, norm_bias, w1, b1, grn_weight, grn_bias, w2, b2, gamma)
     return [
         torch.empty_like(x, memory_format=torch.channels_last) if needs_dx else x.new_empty(0),
-        *(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in like),
+        *(t.new_empty(t.shape) if needs_parameters and t is not None else x.new_empty(0) for t in like),
     ]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    _keep(ctx, inputs, output)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, _, ctx.grn_eps, _, _, keep = inputs
     x, dw_weight, _, norm_weight, norm_bias, w1, _, grn_weight, grn_bias, w2, b2, gamma, factor = tensors
     _, x_norm, rstd, h, energy, w1_folded, b1_folded, w2_folded, y = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
     ctx.dtypes = [None if t is None else t.dtype for t in tensors[:-1]]
     parameters = (dw_weight, norm_weight, norm_bias, w1, grn_weight, grn_bias, w2, b2, gamma, factor)
     kept_y = None if gamma is None or _folds_scale(x_norm.dtype) else y
@@ -259,15 +294,33 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(x, *parameters, *kept)
 
 
-def _grad(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _grad(
+    ctx: Any, grad: Tensor | None, *_: None, backward: Callable[..., list[Tensor]] = _block_backward
+) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 18
-    grads = _block_backward(grad, *ctx.saved_tensors, ctx.grn_eps, ctx.needs_input_grad[0])
+    needed = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:])
+    grads = backward(grad, *ctx.saved_tensors, ctx.grn_eps, *needed)
     cast = [g.to(dtype) if n else None for g, dtype, n in zip(grads, ctx.dtypes, ctx.needs_input_grad, strict=False)]
     return *cast, *(None,) * 6
 
 
 _block.register_autograd(_grad, setup_context=_setup)
+
+
+class _Block(torch.autograd.Function):
+    """The operators' functions without the operators, whose calls cost the CPU time that small batches wait for."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _forward(*inputs)
+        _keep(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Grad mode says that the gradient is to be differentiated again, of which the operator says that it cannot be.
+        return _grad(ctx, grad, backward=_block_backward if torch.is_grad_enabled() else _backward)
 
 
 def _folds_scale(dtype: torch.dtype) -> bool:

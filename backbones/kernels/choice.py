@@ -90,8 +90,11 @@ def choose(kernels: str, device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         RuntimeError: if 'triton' is asked for where it cannot run.
     """
-    if kernels == 'eager':
-        return 'eager'
+    return 'eager' if kernels == 'eager' else _decide(kernels, device, dtype, interpreted())
+
+
+@functools.cache  # asked by every block
+def _decide(kernels: str, device: torch.device, dtype: torch.dtype, interpreted: bool) -> str:
     reason = why_not(device, dtype)
     if kernels == 'triton':
         if reason is not None:
@@ -124,7 +127,12 @@ def _triton_version() -> tuple[int, ...] | None:
     return tuple(map(int, triton.__version__.split('.')[:2]))
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def say_once(line: str) -> None:
     """A line of the log, the first time."""
+    _say(line)
+
+
+@functools.cache
+def _say(line: str) -> None:
     logging.getLogger(__name__).warning(line)

@@ -379,7 +379,8 @@ def forward_and_normalize(
 ) -> tuple[Tensor, Tensor]:
     """The convolution's LayerNorm without affine ``(N, H, W, C)``, and 1 / standard deviation ``(N, H, W)``.
 
-    The second kernel writes over the result of the first, while that is still in the cache.
+    Two kernels, the second of which writes over the result of the first. Small maps it finds in the cache; a map larger
+    than that it reads from memory again.
     """
     out = forward(x, weight, bias, dtype).permute(0, 2, 3, 1)
     channels, rows = out.shape[-1], out.shape[:-1].numel()

@@ -83,10 +83,11 @@ def backward(
     h: Tensor | None,
     energy: Tensor,
     eps: float,
+    weights: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, w1, b1 (a float32 sum), w2, and GRN's weight and bias, which are empty without GRN.
 
-    Where h is not given it is computed anew.
+    Where h is not given it is computed anew. Without ``weights`` those of w1 and w2 are empty.
     """
     from backbones.kernels import grn_triton, mlp_triton, pointwise_triton
 
@@ -98,15 +99,16 @@ def backward(
         d_hidden, d_grn_weight, d_grn_bias, hidden, db1 = grn_triton.backward_through_gelu(
             h.view(shape), (dy @ w2).view(shape), energy, grn_weight, grn_bias, eps
         )
-        dh, dw2 = d_hidden.view(h.shape), dy.t() @ hidden.view(h.shape)
+        dh, hidden = d_hidden.view(h.shape), hidden.view(h.shape)
+        dw2 = dy.t() @ hidden if weights else w2.new_empty(0)
     elif _fused(x):
         dh, db1 = mlp_triton.input_gradient(dy, w2, h)
-        dw2 = mlp_triton.weight_gradient(dy, h).to(w2.dtype)
+        dw2 = mlp_triton.weight_gradient(dy, h).to(w2.dtype) if weights else w2.new_empty(0)
     else:
         hidden, dh, db1 = pointwise_triton.gelu_backward(h, dy @ w2, overwrite=True)
-        dw2 = dy.t() @ hidden
-    dx, dw1 = (dh @ w1).view(x.shape), dh.t() @ x.contiguous().view(-1, x.shape[3])
-    return dx, dw1, db1, dw2, d_grn_weight, d_grn_bias
+        dw2 = dy.t() @ hidden if weights else w2.new_empty(0)
+    dw1 = dh.t() @ x.contiguous().view(-1, x.shape[3]) if weights else w1.new_empty(0)
+    return (dh @ w1).view(x.shape), dw1, db1, dw2, d_grn_weight, d_grn_bias
 
 
 @torch.library.custom_op('densekit::mlp', mutates_args=())

@@ -2,7 +2,8 @@
 
 Every tensor is a matrix ``(rows, C)`` in row-major order, one row a pixel. C is a compile-time constant, so that masks
 and addresses are known to be aligned and 16 bytes move at a time; the number of rows is an ordinary argument, so that
-no image size compiles anything anew. Arithmetic is float32 (float64 for float64). Sums over rows are taken in two
+another image size compiles at most one more form of a kernel (see :func:`steps`), and a tensor that does not begin at a
+multiple of 16 bytes one more again. Arithmetic is float32 (float64 for float64). Sums over rows are taken in two
 stages, first per program in a fixed order, then over the programs: the same bits in every run.
 """
 
@@ -310,8 +311,16 @@ def residual(
     x: Tensor, y: Tensor, bias: Tensor, scale: Tensor | None, factor: Tensor | None, pixels: int, dtype: torch.dtype
 ) -> Tensor:
     """``x + factor * scale * (y + bias)`` of ``(rows, C)``, with a scale per channel and a factor per image."""
-    rows, channels = x.shape
     out = torch.empty_like(x, dtype=dtype)
+    residual_into(out, x, y, bias, scale, factor, pixels)
+    return out
+
+
+def residual_into(
+    out: Tensor, x: Tensor, y: Tensor, bias: Tensor, scale: Tensor | None, factor: Tensor | None, pixels: int
+) -> None:
+    """The same, written to ``out``."""
+    rows, channels = x.shape
     r, b = tile(channels)
     launch(
         _residual_kernel,
@@ -320,7 +329,6 @@ def residual(
         **dict(C=channels, R=r, B=b, HAS_SCALE=scale is not None, HAS_FACTOR=factor is not None),
         MATH=math_type(x),
     )
-    return out
 
 
 def residual_backward(

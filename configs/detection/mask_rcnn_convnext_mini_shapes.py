@@ -1,6 +1,6 @@
 """Mask R-CNN with a ConvNeXt of 1.1 M parameters on the generated shapes: the demo, minutes on two CPU cores.
 
-Not from a paper. Expected: box AP 64.7, mask AP 62.4 (measured, benchmarks/demo.md).
+Not from a paper. Expected: box AP 65.5, mask AP 62.5 (measured, benchmarks/demo.md).
 
     python tools/train.py configs/detection/mask_rcnn_convnext_mini_shapes.py
 """

@@ -14,7 +14,7 @@ def keep_freed_memory() -> bool:
     """Has glibc keep freed memory for the next training step, which needs as much of it again.
 
     By default an activation of some megabytes goes back to the system as soon as it is freed, and its pages are cleared
-    when they are next touched. That takes time in every step; see benchmarks/demo.md.
+    when they are next touched, in every step.
 
     Returns:
         Whether it was done: not where another C library is, or where the environment already says what malloc is to do.

@@ -13,9 +13,9 @@ import densekit.ops  # noqa: F401  importing mmseg needs mmcv's ops
 
 # isort: split
 from mmseg.evaluation import IoUMetric
+from mmseg.models.utils import resize
 
 from densekit.evaluation.iou import ExactIoUMetric
-from densekit.models.resize import resize
 
 # A multiple of 16, and the last ones with those before: on a CPU torch (2.11) rounds the last numbers of a tensor,
 # those that fill no vector of AVX-512, otherwise than the rest.
@@ -39,7 +39,7 @@ def label_map(logits: Tensor, size: tuple[int, int], align_corners: bool = False
     labels = best = None
     starts = [CLASSES_AT_ONCE * i for i in range(max(len(logits) // CLASSES_AT_ONCE, 1))]
     for first, end in itertools.pairwise([*starts, len(logits)]):
-        resized = resize(logits[None, first:end], size, align_corners)[0]
+        resized = resize(logits[None, first:end], size, None, 'bilinear', align_corners)[0]
         index = resized.argmax(dim=0, keepdim=True)
         value = resized.gather(0, index)
         if labels is None or best is None:

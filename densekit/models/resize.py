@@ -1,8 +1,4 @@
-"""Bilinear resizing: with a gradient by matrix products on a CPU, and of several maps straight into one.
-
-Resizing is linear and separable: ``Y X Z'``, where the rows of Y and Z hold the bilinear weights. So is its gradient,
-``Y' G Z``, two small matrix products, while torch's (2.11) adds number by number. In the forward, all is torch's.
-"""
+"""Several maps, resized bilinearly, straight into the one that joins them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,20 +7,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-
-
-def resize(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
-    """Bilinear interpolation.
-
-    Args:
-        x: ``(N, C, h, w)``.
-        size: H, W.
-        align_corners: whether the centres of the corner cells stay where they are.
-
-    Returns:
-        ``(N, C, H, W)``.
-    """
-    return _Resize.apply(x, tuple(size), align_corners)
 
 
 def resized_and_joined(
@@ -38,25 +20,13 @@ def resized_and_joined(
 
     Args:
         maps: ``(N, C_i, h_i, w_i)`` each.
-        align_corners: see :func:`resize`.
+        align_corners: whether the centres of the corner cells stay where they are.
         memory_format: of the result.
 
     Returns:
         ``(N, sum of C_i, h_0, w_0)``.
     """
     return _ResizedAndJoined.apply(align_corners, memory_format, *maps)
-
-
-class _Resize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-        ctx.shape, ctx.dtype, ctx.align_corners = x.shape, x.dtype, align_corners
-        return _interpolated(x, size, align_corners)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gradient(grad, ctx.shape, ctx.align_corners).to(ctx.dtype), None, None
 
 
 class _ResizedAndJoined(torch.autograd.Function):
@@ -84,8 +54,7 @@ class _ResizedAndJoined(torch.autograd.Function):
         grads = []
         for (shape, dtype), start, needed in zip(ctx.like, starts, ctx.needs_input_grad[2:], strict=True):
             part = grad[:, start : start + shape[1]]
-            with torch.autocast('cpu', enabled=False):
-                grads.append(_gradient(part, shape, ctx.align_corners).to(dtype) if needed else None)
+            grads.append(_gradient(part, shape, ctx.align_corners).to(dtype) if needed else None)
         return None, None, *grads
 
 
@@ -99,18 +68,10 @@ def _interpolated(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor
 
 def _gradient(grad: Tensor, shape: Sequence[int], align_corners: bool) -> Tensor:
     """``(N, C, h, w)`` from ``(N, C, H, W)``."""
-    count, channels, height, width = shape
-    size = grad.shape[2:]
-    if size == (height, width):
+    if grad.shape[2:] == torch.Size(shape[2:]):
         return grad
-    if grad.device.type != 'cpu':
-        return torch.ops.aten.upsample_bilinear2d_backward(grad, size, list(shape), align_corners)
-    down, across = (_weights(old, new, align_corners) for old, new in zip((height, width), size, strict=True))
-    rows = down.T @ grad.float().permute(0, 2, 3, 1).reshape(count, size[0], -1)
-    both = across.T @ rows.reshape(count * height, size[1], channels)
-    return both.reshape(count, height, width, channels).permute(0, 3, 1, 2).to(grad.dtype)
-
-
-def _weights(old: int, new: int, align_corners: bool) -> Tensor:
-    """``(new, old)``: what each of the old cells is worth to a new one."""
-    return _interpolated(torch.eye(old)[None, None], (new, old), align_corners)[0, 0]
+    if torch.are_deterministic_algorithms_enabled():  # there is such a form, but autograd alone finds it
+        with torch.enable_grad():
+            x = grad.new_zeros(shape, requires_grad=True)
+            return torch.autograd.grad(_interpolated(x, grad.shape[2:], align_corners), x, grad)[0]
+    return torch.ops.aten.upsample_bilinear2d_backward(grad, grad.shape[2:], list(shape), align_corners)

@@ -10,22 +10,21 @@ import densekit.ops  # noqa: F401  importing mmseg needs mmcv's ops
 # isort: split
 from mmengine.registry import MODELS
 from mmseg.models.decode_heads import UPerHead
+from mmseg.models.utils import resize
 from torch import Tensor
 
-from densekit.models.resize import resize, resized_and_joined
+from densekit.models.resize import resized_and_joined
 
 
 @MODELS.register_module()
 class LeanUPerHead(UPerHead):
     """mmseg's UPerHead in less memory: levels are resized into what joins them, which mmseg holds besides.
 
-    The parameters are those of mmseg's class. So are the logits, to the bit, and the gradients, on a CPU but for the
-    order of sums.
+    The parameters are those of mmseg's class, and so are logits and gradients, to the bit.
 
     Args:
         channels_last: go on in channels_last behind the pooled maps. Their sides of 1 have no memory format, so that
-            mmseg falls back to NCHW there. Equal within rounding. On a CPU this is faster for few channels and slower
-            for 512 (benchmarks/step_parts.md).
+            mmseg falls back to NCHW there. Equal within rounding.
         **kwargs: of mmseg's class.
     """
 
@@ -56,6 +55,7 @@ class LeanUPerHead(UPerHead):
         levels = [conv(x) for conv, x in zip(self.lateral_convs, inputs[:-1], strict=True)]
         levels.append(self.psp_forward(inputs))
         for i in range(len(levels) - 1, 0, -1):
-            levels[i - 1] = levels[i - 1] + resize(levels[i], levels[i - 1].shape[2:], self.align_corners)
+            size = levels[i - 1].shape[2:]
+            levels[i - 1] = levels[i - 1] + resize(levels[i], size, None, 'bilinear', self.align_corners)
         maps = [*(conv(x) for conv, x in zip(self.fpn_convs, levels[:-1], strict=True)), levels[-1]]
         return self.fpn_bottleneck(resized_and_joined(maps, self.align_corners, self.memory_format))

@@ -7,6 +7,7 @@ from torch import nn
 
 import densekit.ops  # noqa: F401  (before a test imports what needs mmcv.ops)
 from backbones import ConvNeXt
+from backbones.kernels import choice
 
 MINI = dict(depths=(1, 2, 3, 1), channels=(8, 16, 24, 32))
 
@@ -76,6 +77,18 @@ def target() -> ConvNeXt:
         ),
     ]
 )
-def device(request: pytest.FixtureRequest) -> str:
-    """Where the kernels run: on the GPU, or without one in Triton's interpreter."""
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the kernels run: on the GPU, or without one in Triton's interpreter.
+
+    There float32 means float32 in what they are compared with too.
+    """
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def _undecided() -> Iterator[None]:
+    """Each test chooses its kernels anew, and has the lines of the log that come once."""
+    yield
+    choice._decide.cache_clear()
+    choice._say.cache_clear()

@@ -305,6 +305,18 @@ def test_another_module_in_the_place_of_drop_path_runs(randomize):
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('name', ['pwconv1', 'drop_path'])
+def test_a_forward_put_on_a_layer_runs(name, randomize):
+    models = pair(randomize)
+    x, outputs = torch.randn(1, 3, 64, 64), []
+    for model in models:
+        layer = getattr(model.eval().stages[1][0], name)
+        layer.forward = lambda x, forward=layer.forward: 2 * forward(x)
+        with torch.no_grad():
+            outputs.append(model(x)[3])
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
+
+
 def test_autocast_casts_no_more_than_the_eager_form(randomize):
     x, casts = torch.randn(1, 3, 64, 64), []
     for model in pair(randomize):

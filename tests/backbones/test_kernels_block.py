@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_helpers import TOLERANCE, assert_close, noise, poisoned_memory
+from kernel_helpers import IN_SERIES, TOLERANCE, assert_close, build, fused, noise, poisoned_memory, step
+from timm.layers import DropPath
 from torch import nn
 
 from backbones import ConvNeXt, ConvNeXtIsotropic
-from backbones.convnext import ConvNeXtBlock
+from backbones.convnext import ConvNeXtBlock, Linear
 from backbones.kernels import choice
-from backbones.kernels.block import convnext_block, unsupported
+from backbones.kernels.block import unsupported
 
 
 @pytest.fixture
@@ -29,7 +31,8 @@ def torch_depthwise(monkeypatch):
 
     def input_gradient(grad, weight, dtype, more):
         size = dict(padding=weight.shape[2] // 2, groups=grad.shape[1])
-        return (nn.grad.conv2d_input(grad.shape, weight.to(grad.dtype), grad, **size) + more).to(dtype)
+        dx = nn.grad.conv2d_input(grad.shape, weight.to(grad.dtype), grad, **size) + more
+        return dx.to(dtype, memory_format=torch.channels_last)
 
     def weight_gradient(x, grad, weight, bias):
         size = dict(padding=weight.shape[2] // 2, groups=grad.shape[1])
@@ -38,46 +41,6 @@ def torch_depthwise(monkeypatch):
 
     for function in (forward_and_normalize, input_gradient, weight_gradient):
         monkeypatch.setattr(depthwise_triton, function.__name__, function)
-
-
-def build(channels=16, drop_path=0.0, layer_scale=1.0, use_grn=False, kernel_size=3):
-    block = ConvNeXtBlock(
-        channels,
-        drop_path=drop_path,
-        layer_scale=layer_scale,
-        use_grn=use_grn,
-        eps=1e-6,
-        act=nn.GELU(),
-        with_cp=False,
-        kernel_size=kernel_size,
-    )
-    for i, (name, parameter) in enumerate(block.named_parameters()):
-        values = noise(*parameter.shape, seed=i)
-        with torch.no_grad():
-            if name == 'gamma':
-                parameter.mul_(1 + 0.2 * values)
-            elif parameter.squeeze().ndim <= 1:
-                parameter.add_(0.2 * values)
-            else:
-                parameter.copy_(values / parameter[0].numel() ** 0.5)
-    return block
-
-
-def fused(block, recompute=False):
-    return lambda x: convnext_block(
-        x, block.dwconv, block.norm, block.pwconv1, block.grn, block.pwconv2, block.gamma, block.drop_path, recompute
-    )
-
-
-def step(forward, block, x, amp=None, seed=0):
-    """Result and all gradients of a block, for one fixed random gradient of the result."""
-    block.zero_grad()
-    x = x.detach().requires_grad_()
-    torch.manual_seed(seed)
-    with torch.autocast(x.device.type, amp or torch.bfloat16, enabled=amp is not None):
-        out = forward(x)
-    out.backward(noise(*out.shape, seed=99, dtype=torch.float32, device=str(x.device)).to(out.dtype))
-    return [out.detach(), x.grad, *(p.grad.clone() for p in block.parameters())]
 
 
 def compare(block, x, tolerance, amp=None, recompute=False):
@@ -115,7 +78,7 @@ def test_autocast_keeps_the_stream_in_float32(layer_scale, amp, device, torch_de
     x = noise(2, 16, 6, 6, device=device)
     for stream in (x, x.to(amp)):  # as behind a LayerNorm, and behind a convolution
         assert step(fused(block), block, stream, amp)[0].dtype == torch.float32
-    compare(block, x, 2 * TOLERANCE[amp], amp)
+    compare(block, x, IN_SERIES[amp], amp)
 
 
 @pytest.mark.parametrize('amp', [torch.bfloat16, torch.float16])
@@ -124,7 +87,7 @@ def test_small_layer_scale_is_not_lost(amp, device, torch_depthwise):
     block = build(layer_scale=1e-6).to(device)
     x = torch.zeros(1, 16, 3, 3, device=device)
     ours = step(fused(block), block, x, amp)[0]
-    assert_close([ours], [step(block.double(), block, x.double())[0]], TOLERANCE[amp])
+    assert_close([ours], [step(block.double(), block, x.double())[0]], IN_SERIES[amp])
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
@@ -192,11 +155,28 @@ def test_memory_format_does_not_matter(device, torch_depthwise):
 def test_frozen_parts_and_inputs_get_no_gradient(device, torch_depthwise):
     block = build().to(device)
     block.norm.requires_grad_(False)
-    fused(block)(noise(1, 16, 3, 3, device=device)).sum().backward()
+    fused(block)(noise(1, 16, 3, 3, device=device)).sum().backward()  # whose gradient is one number, expanded
     got = {name for name, p in block.named_parameters() if p.grad is not None}
     assert got == {name for name, _ in block.named_parameters()} - {'norm.weight', 'norm.bias'}
     with torch.no_grad():
         assert fused(block)(noise(1, 16, 3, 3, device=device)).grad_fn is None
+
+
+@pytest.mark.parametrize('use_grn', [False, True])
+def test_a_frozen_block_computes_the_gradient_of_its_input_alone(use_grn, device, torch_depthwise, monkeypatch):
+    from backbones.kernels import depthwise_triton, fold_triton
+
+    block = build(use_grn=use_grn).to(device)
+    x = noise(1, 16, 3, 3, device=device)
+    wanted = step(fused(block), block, x)[1]
+    block.requires_grad_(False).zero_grad()
+    for module, name in ((depthwise_triton, 'weight_gradient'), (fold_triton, 'fold_norm_backward')):
+        monkeypatch.setattr(module, name, None)
+    x.requires_grad_()
+    out = fused(block)(x)
+    out.backward(noise(*out.shape, seed=99, device=device))
+    assert torch.equal(x.grad, wanted)
+    assert all(p.grad is None for p in block.parameters())
 
 
 @pytest.mark.parametrize(('use_grn', 'dtype'), [(True, torch.float32), (False, torch.float16)])
@@ -212,6 +192,67 @@ def test_operator_keeps_torchs_rules(use_grn, dtype, device, torch_depthwise):
             *(torch.ones(1, device=device), 1e-6, 1e-6, dtype, torch.float32, True),
         ),
     )
+
+
+@pytest.mark.parametrize(
+    ('options', 'dtype', 'amp'),
+    [
+        (dict(), torch.float32, torch.bfloat16),
+        (dict(use_grn=True, layer_scale=0.0), torch.float32, torch.bfloat16),
+        (dict(), torch.float32, torch.float16),
+        (dict(use_grn=True), torch.bfloat16, None),
+    ],
+)
+@pytest.mark.parametrize('frozen', ['nothing', 'input', 'parameters'])
+def test_backward_operator_keeps_torchs_rules(options, dtype, amp, frozen, device, torch_depthwise, monkeypatch):
+    """Above all that each gradient has the dtype that a compiler is promised."""
+    from backbones.kernels import block as kernels
+
+    calls, backward = [], kernels._backward
+    monkeypatch.setattr(kernels, '_backward', lambda *args: calls.append(args) or backward(*args))
+    block = build(8, **options).to(device, dtype).requires_grad_(frozen != 'parameters')
+    x = noise(2, 8, 3, 2, dtype=dtype, device=device).requires_grad_(frozen != 'input')
+    with torch.autocast(device, amp or dtype, enabled=amp is not None):
+        fused(block)(x).sum().backward()
+    [arguments] = calls
+    arguments = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
+    torch.library.opcheck(torch.ops.densekit.convnext_block_backward.default, arguments)
+
+
+def test_the_operators_give_the_same_bits(device, torch_depthwise, monkeypatch):
+    """Which run where somebody looks on; else their functions are called without them."""
+    from backbones.kernels import block as kernels
+
+    block = build(use_grn=True, drop_path=0.5).to(device).train()
+    x = noise(4, 16, 3, 3, device=device)
+    plain = step(fused(block), block, x)
+    monkeypatch.setattr(kernels, '_is_watched', lambda: True)
+    assert all(torch.equal(a, b) for a, b in zip(step(fused(block), block, x), plain, strict=True))
+
+
+@pytest.mark.parametrize('watched', [False, True])
+def test_result_may_be_changed_and_differentiated_once(watched, device, torch_depthwise, monkeypatch):
+    from backbones.kernels import block as kernels
+
+    monkeypatch.setattr(kernels, '_is_watched', lambda: watched)
+    x = noise(1, 16, 2, 2, device=device).requires_grad_()
+    out = fused(build().to(device))(x)
+    (grad,) = torch.autograd.grad(out.mul_(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='no autograd formula'):
+        grad.sum().backward()
+
+
+@pytest.mark.skipif(shutil.which('g++') is None, reason='needs a C++ compiler')
+@pytest.mark.parametrize('use_grn', [False, True])
+def test_compiled_under_autocast(use_grn, device, torch_depthwise, monkeypatch, tmp_path):
+    """By a compiler that lays out memory as the operators promise: the sum of a gradient in the dtype it will have."""
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))
+    torch._dynamo.reset()
+    block = build(8, layer_scale=0.0 if use_grn else 1.0, use_grn=use_grn).to(device)
+    block.kernels = 'triton'
+    x = noise(1, 8, 2, 2, device=device)
+    compiled, plain = (step(f, block, x, torch.bfloat16) for f in (torch.compile(block), block))
+    assert_close(compiled, plain, TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.parametrize('dtype', list(TOLERANCE))
@@ -388,6 +429,66 @@ def test_an_adapter_is_not_passed_over(ran, device, torch_depthwise):
     assert ran == [8, 16, 16, 16]
 
 
+class Doubled(Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def subclass(block):
+    layer = Doubled(16, 64, eager=True)
+    layer.load_state_dict(block.pwconv1.state_dict())
+    block.pwconv1 = layer
+
+
+def patch(block):
+    original = block.pwconv2.forward
+    block.pwconv2.forward = lambda x: 2 * original(x)
+
+
+def unscaled(block):
+    block.drop_path = DropPath(0.5, scale_by_keep=False).train()
+
+
+def no_affine(block):
+    block.norm = nn.LayerNorm(16, elementwise_affine=False)
+
+
+ALTERATIONS = {
+    'pwconv1 was replaced': subclass,
+    'pwconv2 was replaced': patch,
+    'dwconv was replaced': lambda block: setattr(block, 'dwconv', nn.Sequential(block.dwconv, nn.Tanh())),
+    'grn was replaced': lambda block: setattr(block, 'grn', nn.Sequential(block.grn, nn.Tanh())),
+    'norm lacks its weight or bias': no_affine,
+    'norm has a hook': lambda block: block.norm.register_forward_hook(lambda module, inputs, out: 2 * out) and None,
+    'drop_path has scale_by_keep=False': unscaled,
+}
+
+
+@pytest.mark.parametrize('words', ALTERATIONS)
+def test_an_altered_block_runs_as_it_is_and_says_so_once(words, device, torch_depthwise, caplog):
+    block = build(use_grn=True, kernels='triton').to(device)
+    x = noise(4, 16, 3, 3, device=device)
+    before = block(x)
+    assert not caplog.records
+    ALTERATIONS[words](block)
+    eager = [(torch.manual_seed(0), block.to(device)._forward(x))[1] for _ in range(2)]
+    ours = [(torch.manual_seed(0), block(x))[1] for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
+    assert (ours[0] - before).abs().max() > 0.01
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Some ConvNeXt blocks run without Triton kernels (kernels='triton'): {words}"
+    ]
+
+
+def test_an_altered_block_is_compiled_without_a_break(device, caplog):
+    torch._dynamo.reset()
+    block = build(kernels='triton').to(device)
+    no_affine(block)
+    x = noise(1, 16, 3, 3, device=device)
+    assert torch.equal(torch.compile(block, backend='eager', fullgraph=True)(x), block._forward(x))
+    assert 'norm lacks its weight or bias' in caplog.text
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_a_counter_of_operations_sees_those_it_knows(ran, monkeypatch):
@@ -415,6 +516,7 @@ def test_auto_takes_what_is_proven(ran, monkeypatch, caplog):
     model(x)
     assert ran == []
     monkeypatch.setattr(choice, 'PROVEN', frozenset({(torch.cuda.get_device_capability(), torch.float32)}))
+    choice._decide.cache_clear()
     model(x)
     assert ran == [8, 8, 16, 16]
     assert 'dilation 2' in caplog.text

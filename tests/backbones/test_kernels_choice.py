@@ -21,7 +21,6 @@ def hopper(monkeypatch):
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'a GPU')
-    choice.say_once.cache_clear()
 
 
 def test_without_triton():
@@ -61,6 +60,7 @@ def test_auto_is_eager_until_proven_and_says_so_once(hopper, monkeypatch, caplog
         "torch.bfloat16 yet; kernels='triton' takes them all the same"
     )
     monkeypatch.setattr(choice, 'PROVEN', frozenset({((9, 0), torch.bfloat16)}))
+    choice._decide.cache_clear()
     assert choice.choose('auto', CUDA, torch.bfloat16) == 'triton'
     assert choice.choose('auto', CUDA, torch.float16) == 'eager'
 
@@ -68,6 +68,7 @@ def test_auto_is_eager_until_proven_and_says_so_once(hopper, monkeypatch, caplog
 def test_an_old_device_has_none(hopper, monkeypatch):
     assert choice.choose('triton', CUDA, torch.float16) == 'triton'
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
+    choice._decide.cache_clear()
     assert choice.choose('auto', CUDA, torch.float16) == 'eager'
     with pytest.raises(RuntimeError, match=r'a GPU has compute capability 7\.5, below 8\.0'):
         choice.choose('triton', CUDA, torch.float16)
@@ -75,10 +76,23 @@ def test_an_old_device_has_none(hopper, monkeypatch):
         choice.choose('triton', CUDA, torch.float64)
 
 
+def test_the_device_is_asked_once_for_all_blocks(hopper, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: asked.append(device) or (9, 0))
+    for dtype in (torch.float16, torch.bfloat16):
+        for _ in range(3):
+            assert choice.choose('triton', CUDA, dtype) == 'triton'
+    assert asked == [CUDA] * 2
+
+
 def test_an_old_triton_is_named(hopper, monkeypatch):
     monkeypatch.setattr(choice, '_triton_version', lambda: (3, 2))
     with pytest.raises(RuntimeError, match=r'cannot run here: Triton 3\.2 is older than 3\.6'):
         choice.choose('triton', CUDA, torch.float16)
+
+
+def test_what_the_kernels_are_compared_with_is_exact(device):
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_unknown_kernels():
@@ -111,6 +125,7 @@ def test_seven_by_seven_fits_the_registers():
     assert {row['kernel'] for row in rows} == {'convolve 7x7', 'correlate 7x7'}
     check_budget(rows)
     assert all(row['programs'] == 4 and row['multiply-adds'] > 0.65 for row in rows)
+    assert all(0.6 < row['at the border'] < row['multiply-adds'] for row in rows)
 
 
 @pytest.mark.slow

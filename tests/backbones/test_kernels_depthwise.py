@@ -133,6 +133,7 @@ def test_an_unwritten_tile_is_seen(axis, device, monkeypatch):
         check(depthwise_conv2d, reference, *arguments)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='float64 is for the interpreter')
 @pytest.mark.usefixtures('narrow')
 def test_gradients_by_finite_differences(device):
     x, weight, bias = (

@@ -76,3 +76,10 @@ def test_gradients_by_finite_differences(device):
 def test_operator_keeps_torchs_rules(device):
     x, weight, bias = (noise(*shape, device=device).requires_grad_() for shape in [(2, 2, 3, 8), (8,), (8,)])
     torch.library.opcheck(torch.ops.densekit.grn.default, (x, weight, bias, 1e-6))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+def test_backward_operator_keeps_torchs_rules(dtype, device):
+    x, grad = (noise(2, 2, 3, 8, seed=i, dtype=dtype, device=device) for i in range(2))
+    energy, weight = noise(2, 8, seed=2, device=device).abs(), noise(8, seed=3, dtype=dtype, device=device)
+    torch.library.opcheck(torch.ops.densekit.grn_backward.default, (grad, x, energy, weight, 1e-6))

@@ -97,6 +97,17 @@ def test_operator_keeps_torchs_rules(grn, keep, device):
     torch.library.opcheck(torch.ops.densekit.mlp.default, (*tensors, 1e-6, keep))
 
 
+@pytest.mark.parametrize('keep', [False, True])
+@pytest.mark.parametrize('grn', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_backward_operator_keeps_torchs_rules(grn, keep, dtype, device):
+    tensors = inputs((1, 2, 3, 8), device, dtype, grn)
+    tensors += [] if grn else [None, None]
+    y, h, energy = torch.ops.densekit.mlp(*tensors, 1e-6, keep)
+    arguments = (y, *tensors, h if keep else None, energy, 1e-6)
+    torch.library.opcheck(torch.ops.densekit.mlp_backward.default, arguments)
+
+
 def check_products(rows, channels, dtype, device):
     from backbones.kernels import mlp_triton
 
@@ -111,6 +122,17 @@ def check_products(rows, channels, dtype, device):
     out = F.gelu(h) @ weight.t()
     dh, dw = torch.autograd.grad(out, (h, weight), grad.double())
     assert_close(got, [out, dh, dh.sum(0), dw], 2 * TOLERANCE[dtype])
+
+
+def test_torchs_switches_for_tf32_are_not_asked(device):
+    """Reading the older one is an error once the newer one was set."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = 'tf32'
+    try:
+        check_products(130, 24, torch.float16, device)
+    finally:
+        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,21 @@ def test_operators_keep_torchs_rules(name, device):
     torch.library.opcheck(getattr(torch.ops.densekit, name).default, arguments[name])
 
 
+@pytest.mark.parametrize('scaled', [False, True])
+@pytest.mark.parametrize('name', ['normalize', 'gelu', 'add_branch'])
+def test_backward_operators_keep_torchs_rules(name, scaled, device):
+    half, grad = (noise(1, 2, 3, 8, seed=i, dtype=torch.float16, device=device) for i in range(2))
+    bias, rstd = noise(8, device=device), noise(1, 2, 3, device=device).abs()
+    arguments = {
+        'normalize': (half, rstd, grad, torch.float32 if scaled else torch.float16),
+        'gelu': (half, grad),
+        'add_branch': (grad.float(), half, bias, bias, rstd[:, 0, 0], torch.float16)
+        if scaled
+        else (grad, None, bias, None, None, torch.float16),
+    }
+    torch.library.opcheck(getattr(torch.ops.densekit, f'{name}_backward').default, arguments[name])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_more_than_two_to_the_31_elements():

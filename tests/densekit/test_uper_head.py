@@ -11,7 +11,7 @@ import densekit.ops  # noqa: F401
 # isort: split
 from mmseg.models.decode_heads import UPerHead
 
-from densekit.models.resize import resize, resized_and_joined
+from densekit.models.resize import resized_and_joined
 from densekit.models.uper_head import LeanUPerHead
 
 CHANNELS = [6, 8, 10, 12]
@@ -112,21 +112,22 @@ def test_other_weights_give_other_logits():
         close([run(ours, features())[0]], [run(stock, features())[0]], 1e-5)
 
 
+@pytest.mark.parametrize('deterministic', [False, True])
 @pytest.mark.parametrize('align_corners', [False, True])
 @pytest.mark.parametrize(('old', 'new'), [((3, 4), (7, 9)), ((1, 1), (5, 6)), ((8, 9), (3, 5)), ((5, 6), (5, 6))])
-def test_the_gradient_of_resizing_is_torchs(old, new, align_corners):
-    x = torch.randn(2, 3, *old, requires_grad=True)
-    weights = torch.randn(2, 3, *new)
-    results = []
-    for function in (
-        lambda: resize(x, new, align_corners),
-        lambda: functional.interpolate(x, size=new, mode='bilinear', align_corners=align_corners),
-    ):
-        out = function()
-        results.append((out, torch.autograd.grad((out * weights).sum(), x)[0]))
+def test_the_gradient_of_joining_is_torchs(old, new, align_corners, deterministic):
+    first, x = torch.randn(2, 2, *new), torch.randn(2, 3, *old, requires_grad=True)
+    weights = torch.randn(2, 5, *new)
+    resized = functional.interpolate(x, size=new, mode='bilinear', align_corners=align_corners)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        results = []
+        for out in (resized_and_joined([first, x], align_corners), torch.cat([first, resized], dim=1)):
+            results.append((out, torch.autograd.grad((out * weights).sum(), x)[0]))
+    finally:
+        torch.use_deterministic_algorithms(False)
     (ours, grad), (stock, reference) = results
-    assert torch.equal(ours, stock)
-    torch.testing.assert_close(grad, reference, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours, stock) and torch.equal(grad, reference)
 
 
 def test_what_needs_no_gradient_gets_none():
