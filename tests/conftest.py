@@ -3,6 +3,7 @@ import os
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # before torch is first imported; see densekit/cli.py
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -84,6 +85,23 @@ def quick_mmengine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
     MMLogger._instance_dict.clear()
     MessageHub._instance_dict.clear()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch computes on one thread: sums are in one order, however many cores there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def photos(tiny: Tiny, tmp_path: Path) -> Path:
+    """A folder of images, with their COCO file beside it."""
+    shutil.copytree(tiny.data / 'coco/train', tmp_path / 'photos')
+    shutil.copy(tiny.data / 'coco/annotations/instances_train.json', tmp_path / 'photos.json')
+    return tmp_path / 'photos'
 
 
 @pytest.fixture

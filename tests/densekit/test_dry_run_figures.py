@@ -18,6 +18,8 @@ from densekit.report.memory import LiveTensors, activations, gradient_bytes, sta
 from densekit.report.model_tables import groups_table, parts_table, ungrouped
 from densekit.report.schedule import Schedule, Training, schedule_table
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 CONFIGS = Path(__file__).parents[2] / 'configs'
 ARCH = dict(depths=(1, 1, 2, 1), channels=(8, 16, 24, 32))
 
@@ -27,14 +29,6 @@ POLY = dict(type='PolyLR', power=1.0, begin=1000, end=8000, eta_min=0.0, by_epoc
 COSINE = dict(type='CosineAnnealingLR', T_max=18, begin=18, end=36, by_epoch=True, convert_to_iter_based=True)
 EPOCHS = Training(True, 36, 500)
 ITERATIONS = Training(False, 8000, 500)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Model(nn.Module):

@@ -17,15 +17,9 @@ import backbones  # noqa: F401
 from densekit.evaluation.iou import ExactIoUMetric
 from densekit.models import label_maps, slide
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 CLASSES = 45
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize('classes_at_once', [16, 32, 64])

@@ -11,16 +11,10 @@ from mmcv.ops import roi_align
 from densekit.models import roi_pooling
 from densekit.models.roi_pooling import RoIAlignByProducts, roi_align_gradient
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 SHAPE = 2, 3, 20, 24
 SCALE = 0.25  # a map for a picture of 80 x 96 pixels
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def boxes(count, dtype=torch.float64):

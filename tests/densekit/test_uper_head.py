@@ -14,6 +14,8 @@ from mmseg.models.decode_heads import UPerHead
 from densekit.models.resize import resized_and_joined
 from densekit.models.uper_head import LeanUPerHead
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 CHANNELS = [6, 8, 10, 12]
 OPTIONS = dict(
     in_channels=CHANNELS,
@@ -25,14 +27,6 @@ OPTIONS = dict(
     norm_cfg=dict(type='BN'),
     loss_decode=dict(type='CrossEntropyLoss'),
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def features(height=50, width=66, memory_format=torch.channels_last):

@@ -32,14 +32,6 @@ def _elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def photos(tiny, tmp_path):
-    """A folder of images with their COCO file, as a user has it."""
-    shutil.copytree(tiny.data / 'coco/train', tmp_path / 'photos')
-    shutil.copy(tiny.data / 'coco/annotations/instances_train.json', tmp_path / 'photos.json')
-    return tmp_path / 'photos'
-
-
-@pytest.fixture
 def maps(tiny, tmp_path):
     """A folder of images and one of label maps, whose names end in _mask."""
     shutil.copytree(tiny.data / 'ade/images/training', tmp_path / 'pictures')

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import densekit.ops  # noqa: F401  before mmdet
@@ -30,14 +29,6 @@ HYPHENS = (*(f'long-haired cat-o-nine-tails {i}' for i in range(9)), 'b' * 130, 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def photos(tiny, tmp_path):
-    """A folder of images with their COCO file."""
-    shutil.copytree(tiny.data / 'coco/train', tmp_path / 'photos')
-    shutil.copy(tiny.data / 'coco/annotations/instances_train.json', tmp_path / 'photos.json')
-    return tmp_path / 'photos'
 
 
 @pytest.fixture
