@@ -22,6 +22,7 @@ model = dict(
         init_cfg=dict(_delete_=True, type='Kaiming', layer=['Conv2d', 'Linear'], mode='fan_in', nonlinearity='linear'),
     ),
     decode_head=dict(
+        type='LeanUPerHead',
         channels_last=True,  # faster on a CPU, with so few channels
         in_channels=[24, 48, 96, 192],
         channels=64,

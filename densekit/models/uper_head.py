@@ -1,4 +1,4 @@
-"""UPerHead that holds no map twice, in one memory format if asked to."""
+"""UPerHead that joins its levels without copies, in one memory format if asked to."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ from densekit.models.resize import resized_and_joined
 
 @MODELS.register_module()
 class LeanUPerHead(UPerHead):
-    """mmseg's UPerHead in less memory: levels are resized into what joins them, which mmseg holds besides.
+    """mmseg's UPerHead, with its levels resized into what joins them, which mmseg holds besides.
 
     The parameters are those of mmseg's class, and so are logits and gradients, to the bit.
 

@@ -109,7 +109,6 @@ OTHERWISE_DETECTION = {
 OTHERWISE_SEGMENTATION = {
     'model.pretrained': 'deprecated; None',
     'model.type': 'windows several at a time where asked for; label maps without the logits of the whole image',
-    'model.decode_head.type': 'the same in less memory',
     'default_hooks.label_maps.type': 'keeps no logits that nothing looks at',
     'optim_wrapper.loss_scale': 'bf16 needs none',
     'auto_scale_lr.base_batch_size': "tells when the batch is not the recipe's",
