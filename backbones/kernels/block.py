@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from backbones.kernels import choice, mlp
 from backbones.kernels.depthwise import SIZES
+from backbones.kernels.dtypes import math_dtype, product_dtype
 from backbones.layers import GRN
 
 
@@ -79,14 +80,6 @@ def _is_watched() -> bool:
     return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """In which the matrix products of a block are taken: autocast's dtype where it is on, else that of x."""
-    kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
-
-
 def convnext_block(
     x: Tensor,
     dwconv: nn.Conv2d,
@@ -122,7 +115,7 @@ def convnext_block(
         *(x, dwconv.weight, dwconv.bias, norm.weight, norm.bias, pwconv1.weight, pwconv1.bias),
         *((None, None) if grn is None else (grn.gamma.view(-1), grn.beta.view(-1))),
         *(pwconv2.weight, pwconv2.bias, gamma, factor),
-        *(norm.eps, 0.0 if grn is None else grn.eps, dtype, _math(x) if autocast else x.dtype),
+        *(norm.eps, 0.0 if grn is None else grn.eps, dtype, math_dtype(x) if autocast else x.dtype),
         not recompute and torch.is_grad_enabled(),
     )
     if torch.compiler.is_compiling() or _is_watched():
@@ -137,7 +130,7 @@ def _drop_factor(drop_path: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor 
     if not probability or not drop_path.training:
         return None
     kept = x.new_empty(x.shape[0], dtype=dtype).bernoulli_(1 - probability)
-    return kept.to(_math(kept)) / (1 - probability)
+    return kept.to(math_dtype(kept)) / (1 - probability)
 
 
 def _forward(
@@ -326,10 +319,6 @@ class _Block(torch.autograd.Function):
 def _folds_scale(dtype: torch.dtype) -> bool:
     """In float16 a layer scale of 1e-6 times a weight is zero; there it is left to the residual addition."""
     return dtype != torch.float16
-
-
-def _math(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _last(x: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbones.kernels.dtypes import product_dtype
+
 _COLUMNS = 3  # of a kernel that oneDNN has fast code for
 
 
@@ -36,13 +38,6 @@ def is_plain(*tensors: Tensor) -> bool:
 def autocast(*tensors: Tensor) -> list[Tensor]:
     """These CPU tensors as autocast, where it is on, would hand them to a convolution or a linear layer."""
     return [x.to(product_dtype(x)) for x in tensors]
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """In which a convolution or linear layer of this CPU tensor is computed."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled('cpu'):
-        return torch.get_autocast_dtype('cpu')
-    return x.dtype
 
 
 def has_onednn(dtype: torch.dtype) -> bool:

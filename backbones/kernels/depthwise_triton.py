@@ -26,7 +26,8 @@ from backbones.kernels.depthwise_plan import (
     correlate_plan,
     registers,
 )
-from backbones.kernels.pointwise_triton import Launch, launch, launches, math_dtype, math_type, whole_rows
+from backbones.kernels.dtypes import math_dtype
+from backbones.kernels.pointwise_triton import Launch, launch, launches, math_type, whole_rows
 from backbones.kernels.pointwise_triton import _normalize_kernel as normalize_kernel
 
 PARTS, CHANNELS = 64, 32

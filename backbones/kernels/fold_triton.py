@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from backbones.kernels.dtypes import math_dtype
 from backbones.kernels.pointwise_triton import (
     Launch,
     cdiv,
     launch,
     launches,
-    math_dtype,
     math_type,
     power_of_2,
     tile,

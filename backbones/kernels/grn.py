@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backbones.kernels.dtypes import math_dtype
+
 
 def grn(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """``x + bias + x * weight * n``, with n the spatial L2 norm of each channel over its mean across channels.
@@ -39,8 +41,7 @@ def _grn(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, T
 
 @_grn.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape), x.new_empty((x.shape[0], x.shape[3]), dtype=dtype)
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], x.shape[3]), dtype=math_dtype(x))
 
 
 @torch.library.custom_op('densekit::grn_backward', mutates_args=())

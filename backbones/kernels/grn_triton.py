@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from backbones.kernels.dtypes import math_dtype
 from backbones.kernels.pointwise_triton import (
     Launch,
     cdiv,
@@ -17,7 +18,6 @@ from backbones.kernels.pointwise_triton import (
     gelu_and_slope,
     launch,
     launches,
-    math_dtype,
     math_type,
     power_of_2,
     steps,

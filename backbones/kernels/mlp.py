@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backbones.kernels.dtypes import math_dtype
+
 # GELU inside the matrix products: (name of the device, channels) for which benchmarks/gpu_block.py shows it to be
 # faster than cuBLAS and a pass of GELU, forward and backward. Empty until measured.
 FUSED_PRODUCTS: frozenset[tuple[str, int]] = frozenset()
@@ -60,7 +62,7 @@ def forward(
     from backbones.kernels import grn_triton, mlp_triton, pointwise_triton
 
     h = _hidden(x, w1, b1)
-    energy = h.new_empty(0, dtype=_math(x))
+    energy = h.new_empty(0, dtype=math_dtype(x))
     if grn_weight is not None and grn_bias is not None:
         h_images = h.view(x.shape[0], x.shape[1] * x.shape[2], h.shape[1])
         energy, scale = grn_triton.energy_and_scale(h_images, grn_weight, eps, gelu=True)
@@ -139,7 +141,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     pixels = x.shape[0] * x.shape[1] * x.shape[2]
     h = x.new_empty((pixels, w1.shape[0]) if keep else (0,))
-    energy = x.new_empty((0,) if grn_weight is None else (x.shape[0], w1.shape[0]), dtype=_math(x))
+    energy = x.new_empty((0,) if grn_weight is None else (x.shape[0], w1.shape[0]), dtype=math_dtype(x))
     return x.new_empty(x.shape), h, energy
 
 
@@ -205,7 +207,3 @@ def _fused(x: Tensor) -> bool:
     if not FUSED_PRODUCTS or x.dtype not in (torch.float16, torch.bfloat16) or not x.is_cuda:
         return False
     return (torch.cuda.get_device_name(x.device), x.shape[3]) in FUSED_PRODUCTS
-
-
-def _math(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backbones.kernels.dtypes import math_dtype
+
 
 def normalize(x: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """LayerNorm over the last dimension without weight and bias.
@@ -77,7 +79,7 @@ def _normalize(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 @_normalize.register_fake
 def _(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=_math(x))
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=math_dtype(x))
 
 
 @torch.library.custom_op('densekit::normalize_backward', mutates_args=())
@@ -167,7 +169,7 @@ def _add_branch_backward(
 def _(
     grad: Tensor, y: Tensor | None, bias: Tensor, scale: Tensor | None, factor: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sums = grad.new_empty(grad.shape[-1], dtype=_math(grad))
+    sums = grad.new_empty(grad.shape[-1], dtype=math_dtype(grad))
     return grad.new_empty(grad.shape, dtype=dtype), sums, sums.new_empty(0 if scale is None else sums.shape)
 
 
@@ -185,7 +187,3 @@ def _add_branch_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _add_branch.register_autograd(_add_branch_grad, setup_context=_add_branch_setup)
-
-
-def _math(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

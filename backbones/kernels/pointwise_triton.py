@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from backbones.kernels.dtypes import math_dtype
+
 _TILE = 2048
 """Elements of a tile; with 128 threads two loads of 16 bytes are in flight for each 16-bit input."""
 
@@ -188,13 +190,8 @@ def _residual_backward_kernel(
         tl.store(scale_sums_ptr + to, tl.sum(scale_total, axis=0), mask=col < C)
 
 
-def math_dtype(x: Tensor) -> torch.dtype:
-    """In which the kernels compute: float32, and float64 for float64."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def math_type(x: Tensor) -> tl.dtype:
-    """The same, as Triton names it."""
+    """:func:`math_dtype`, as Triton names it."""
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 

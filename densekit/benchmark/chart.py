@@ -1,7 +1,5 @@
 """The results file as a bar chart: the fastest form of each, case by case."""
 
-import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
@@ -11,6 +9,7 @@ from densekit.benchmark.backbone import best_forms
 from densekit.benchmark.case import Record
 from densekit.benchmark.peers import OURS
 from densekit.benchmark.table import milliseconds
+from densekit.files import whole_file
 
 _OURS, _OTHERS, _FLOOR = '#1b6ca8', '#b8c4ce', '#c0392b'
 _WHISKERS = {'elinewidth': 0.8, 'ecolor': '#222222'}
@@ -51,12 +50,8 @@ def draw(content: Mapping[str, Any], path: Path) -> bool:
             _draw_case(axis, case, best, slots[place // _PER_ROW])
         for axis in axes[len(shown) :]:
             axis.set_axis_off()
-        buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=110, format='png', metadata={'Software': None})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f'.{path.name}.{os.getpid()}')
-    draft.write_bytes(buffer.getvalue())
-    os.replace(draft, path)
+        with whole_file(path) as draft:
+            figure.savefig(draft, dpi=110, format='png', metadata={'Software': None})
     return True
 
 

@@ -2,12 +2,12 @@
 
 import datetime
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from densekit.benchmark.case import Record
 from densekit.benchmark.peaks import Peaks
+from densekit.files import write_whole
 
 _SAME = ('device', 'kind')
 
@@ -70,15 +70,7 @@ class Results:
         return content
 
     def _write(self) -> None:
-        write(self.path, json.dumps(self.content, indent=1) + '\n')
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file at once: a reader, and a run that is killed, sees the old text or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f'.{path.name}.{os.getpid()}')
-    draft.write_text(text, encoding='utf-8')
-    os.replace(draft, path)
+        write_whole(self.path, json.dumps(self.content, indent=1) + '\n')
 
 
 def _listed(facts: dict[str, Any]) -> str:

@@ -10,9 +10,10 @@ import torch
 
 from densekit.benchmark import chart, machine, peaks
 from densekit.benchmark.case import Case, Settings
-from densekit.benchmark.results import Results, write
+from densekit.benchmark.results import Results
 from densekit.benchmark.table import against_best, form, render
 from densekit.benchmark.timing import Budget
+from densekit.files import write_whole
 
 Say = Callable[[str], object]
 
@@ -65,7 +66,7 @@ def run_cases(
             say(f'  {_told(record)}; {took:.0f} s')
     finally:  # an interrupted run leaves a table of what it did
         if results.path.exists():
-            write(out / f'{slug}.md', render(results.content))
+            write_whole(out / f'{slug}.md', render(results.content))
             chart.draw(results.content, out / f'{slug}.png')
     return [case.key for _, case in todo]
 

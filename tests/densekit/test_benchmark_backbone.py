@@ -1,5 +1,6 @@
 import json
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from backbones import ARCHS, ConvNeXt
-from densekit.benchmark import chart, machine, peers, results, run
+from densekit.benchmark import chart, machine, peers, run
 from densekit.benchmark.backbone import BackboneCase, best_forms, step
 from densekit.benchmark.case import Candidate, Settings, measure_rows, parse_images, written
 from densekit.benchmark.depthwise import DIRECTIONS, DepthwiseCase, Operation
@@ -19,6 +20,7 @@ from densekit.benchmark.plan import cases_of
 from densekit.benchmark.roofline import FORMS, Rates, depthwise_floor, floor
 from densekit.benchmark.table import TIERS, against_best, render
 from densekit.benchmark.timing import Budget, interleaved
+from densekit.files import write_whole
 from densekit.report.complexity import count_multiply_adds
 
 CPU = torch.device('cpu')
@@ -362,10 +364,10 @@ def test_results_of_another_torch_are_not_mixed(go, monkeypatch):
 
 def test_writing_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
     path = tmp_path / 'a.json'
-    results.write(path, 'old')
-    monkeypatch.setattr(results.os, 'replace', lambda *args: (_ for _ in ()).throw(OSError('disk')))
+    write_whole(path, 'old')
+    monkeypatch.setattr(Path, 'replace', lambda *args: (_ for _ in ()).throw(OSError('disk')))
     with pytest.raises(OSError, match='disk'):
-        results.write(path, 'new')
+        write_whole(path, 'new')
     assert path.read_text() == 'old'
 
 
