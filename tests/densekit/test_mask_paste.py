@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import ConfigDict
+from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
 from pycocotools import mask as coco_mask
 
@@ -17,6 +18,12 @@ from mmdet.visualization import DetLocalVisualizer
 import densekit.evaluation.rle as rle
 from densekit.evaluation.rle import RleMasks, encode, paste
 from densekit.models.mask_head import RleMaskHead, sigmoid
+
+
+@pytest.fixture(autouse=True)
+def mmdet_scope():
+    with DefaultScope.overwrite_default_scope('mmdet'):  # a run before these tests may have left another one
+        yield
 
 
 def stock(logits, boxes, height, width, threshold=0.5, activated=False):
