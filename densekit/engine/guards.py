@@ -1,10 +1,11 @@
 """Stops a run before it steps on numbers that are none, and when it is told to: on all processes at the same step."""
 
+import functools
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -35,6 +36,9 @@ class FiniteGuard(Hook):
 
     Four flags per step are reduced across processes, so that all end at the same step. Under float16, a step that the
     loss scaler skips does not count, unless there is no other for long.
+
+    The host waits for the device once. The losses that mmengine writes down come with the flags; it would wait for each
+    of them.
     """
 
     priority = 'VERY_HIGH'
@@ -44,6 +48,7 @@ class FiniteGuard(Hook):
         # Losses and images of the batches whose gradients make up the next step.
         self._batches: deque[tuple[dict[str, Any], list[str]]] = deque(maxlen=1)
         self._handles: list[Any] = []
+        self._to_log: dict[str, Any] = {}
         self._runner: Any = None
         self._without_step = 0  # batches
         self.told_to_stop = False  # this process
@@ -53,7 +58,10 @@ class FiniteGuard(Hook):
         """Attaches itself to model and optimizer."""
         self._runner = runner
         self._batches = deque(maxlen=getattr(runner.optim_wrapper, '_accumulative_counts', 1))
-        self._handles = [runner.bare_model().register_forward_hook(self._keep_losses)]
+        model = runner.bare_model()
+        if parse := getattr(model, 'parse_losses', None):
+            model.parse_losses = functools.partial(self._parse_losses, parse)
+        self._handles = [model.register_forward_hook(self._keep_losses)]
         self._handles += [
             optimizer.register_step_pre_hook(self._before_step) for optimizer in _optimizers(runner.optim_wrapper)
         ]
@@ -62,6 +70,9 @@ class FiniteGuard(Hook):
         """Detaches itself."""
         for handle in self._handles:
             handle.remove()
+        if self._handles:
+            vars(self._runner.bare_model()).pop('parse_losses', None)
+        self._handles = []
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Remembers the images."""
@@ -85,6 +96,10 @@ class FiniteGuard(Hook):
         if isinstance(output, Mapping):
             self._batches.append((_detached(output), self._images))
 
+    def _parse_losses(self, parse: Callable[[Any], tuple[Tensor, dict[str, Any]]], losses: Any) -> Any:
+        total, self._to_log = parse(losses)
+        return total, self._to_log
+
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         device = next(p.device for group in optimizer.param_groups for p in group['params'])
         # A fused optimizer is called for a step that the loss scaler skips, and does the skipping itself.
@@ -94,7 +109,7 @@ class FiniteGuard(Hook):
             _losses_nonfinite(self._batches, device),
             False if skips is None else skips != 0,
         ]
-        suspect, lost, skipped, stop = agree([*flags, self.told_to_stop], device)
+        suspect, lost, skipped, stop = agree([*flags, self.told_to_stop], device, self._to_log)
         self.stopping = self.stopping or stop
         if skipped:
             return
@@ -205,12 +220,33 @@ class StopSignalHook(Hook):
             signal.raise_signal(number)
 
 
-def agree(flags: Sequence[bool | Tensor], device: torch.device) -> list[bool]:
-    """Whether any process has raised each of some flags; all get the same answer, at the price of one reduction."""
-    stacked = torch.stack([torch.as_tensor(flag, device=device, dtype=torch.int32) for flag in flags])
+def agree(
+    flags: Sequence[bool | Tensor], device: torch.device, numbers: MutableMapping[str, Any] | None = None
+) -> list[bool]:
+    """Whether any process has raised each of some flags; all get the same answer, at the price of one reduction.
+
+    Args:
+        flags: of this process, on the host or on the device.
+        device: where processes reduce.
+        numbers: tensors of one number each, which come with the answer: copies on the host take their places.
+    """
+    # Those of the host are filled in on the device: the host would wait for a copy.
+    raised = (flag if isinstance(flag, Tensor) else torch.full((), flag, device=device) for flag in flags)
+    stacked = torch.stack([flag.to(device, torch.int32) for flag in raised])
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(stacked, op=dist.ReduceOp.MAX)
-    return [bool(flag) for flag in stacked.tolist()]
+    there = {
+        name: value.detach()
+        for name, value in (numbers or {}).items()
+        if isinstance(value, Tensor) and value.device.type != 'cpu' and value.numel() == 1
+    }
+    if not there or numbers is None:
+        return [bool(flag) for flag in stacked.tolist()]
+    exact = torch.float64 if any(value.dtype == torch.float64 for value in there.values()) else torch.float32
+    together = torch.cat([part.reshape(-1).to(exact) for part in (stacked, *there.values())]).cpu()
+    for (name, value), number in zip(there.items(), together[len(flags) :], strict=True):
+        numbers[name] = number.to(value.dtype).reshape(value.shape)
+    return [bool(flag) for flag in together[: len(flags)].tolist()]
 
 
 def _optimizers(optim_wrapper: Any) -> Iterator[torch.optim.Optimizer]:

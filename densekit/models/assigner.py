@@ -7,9 +7,11 @@ import torch
 import densekit.ops  # noqa: F401  importing mmdet needs mmcv's ops
 
 # isort: split
-from mmdet.models.task_modules.assigners import AssignResult, MaxIoUAssigner
+from mmdet.models.task_modules.assigners import AssignResult, BboxOverlaps2D, MaxIoUAssigner
 from mmengine.registry import TASK_UTILS
 from torch import Tensor
+
+from densekit.models.boxes import overlaps as overlaps_of
 
 
 @TASK_UTILS.register_module()
@@ -19,6 +21,43 @@ class WholeMaxIoUAssigner(MaxIoUAssigner):
     mmdet's (3.3.0) compares each object's best IoU with ``min_pos_iou`` on the host and selects by masks; each of both
     waits for the device. This one never does. The arguments are those of mmdet's class.
     """
+
+    @property
+    def plain(self) -> bool:
+        """Whether only IoUs decide, on the device: no regions to be left out, no repeated objects."""
+        usual = type(self.iou_calculator) is BboxOverlaps2D and self.iou_calculator.dtype is None
+        return usual and self.gpu_assign_thr <= 0 and self.ignore_iof_thr <= 0 and self.perm_repeat_gt_cfg is None
+
+    def assign(
+        self,
+        pred_instances: Any,
+        gt_instances: Any,
+        gt_instances_ignore: Any = None,
+        *,
+        among: Tensor | None = None,
+        **kwargs: Any,
+    ) -> AssignResult:
+        """Assigns boxes to objects.
+
+        Args:
+            pred_instances: with ``priors`` ``(boxes, 4)``.
+            gt_instances: with ``bboxes`` ``(objects, 4)`` and ``labels`` ``(objects,)``.
+            gt_instances_ignore: with ``bboxes``, regions to be left out, for an assigner that heeds them.
+            among: ``(boxes,)`` bool: the others are left out, as if they were not there. Only if :attr:`plain`.
+            **kwargs: passed on to mmdet's.
+
+        Returns:
+            As :meth:`assign_wrt_overlaps`.
+        """
+        if not self.plain or not isinstance(pred_instances.priors, Tensor):
+            assert among is None, 'this assigner is not plain'
+            return super().assign(pred_instances, gt_instances, gt_instances_ignore, **kwargs)
+        found = overlaps_of(gt_instances.bboxes, pred_instances.priors)
+        if among is None:
+            return self.assign_wrt_overlaps(found, gt_instances.labels)
+        result = self.assign_wrt_overlaps(found.masked_fill_(~among, -1), gt_instances.labels)
+        result.gt_inds = result.gt_inds.masked_fill(~among, -1)  # without objects all would be background
+        return result
 
     def assign_wrt_overlaps(self, overlaps: Tensor, gt_labels: Tensor) -> AssignResult:
         """Assigns boxes by their IoU with objects.

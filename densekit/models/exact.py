@@ -1,8 +1,7 @@
-"""Boxes that keep float32 coordinates under mixed precision, and pooling that is quick on a CPU.
+"""Pooling of boxes that keep float32 coordinates under mixed precision, and that is quick on a CPU.
 
-bfloat16 has 8 significant bits: a coordinate near 1333 pixels moves by up to 4. mmdet 3.3 computes the proposals'
-anchors in the dtype of the RPN's scores and casts boxes to the dtype of the features before pooling, so under bf16
-both are that coarse. In float32 these classes give the same numbers as mmdet's.
+bfloat16 has 8 significant bits: a coordinate near 1333 pixels moves by up to 4. mmdet 3.3 casts boxes to the dtype of
+the features before pooling. In float32 the class here gives the same numbers as mmdet's.
 """
 
 import torch
@@ -11,32 +10,11 @@ import densekit.ops  # noqa: F401  importing mmdet needs mmcv's ops
 
 # isort: split
 from mmcv.ops import RoIAlign
-from mmdet.models.dense_heads import RPNHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from densekit.models.roi_pooling import RoIAlignByProducts
-
-
-@MODELS.register_module()
-class ExactRPNHead(RPNHead):
-    """mmdet's RPNHead with float32 outputs, hence float32 anchors, proposals and suppression.
-
-    The arguments are those of mmdet's class.
-    """
-
-    def forward_single(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and offsets of one level.
-
-        Args:
-            x: ``(N, C, H, W)``.
-
-        Returns:
-            Scores ``(N, anchors, H, W)`` and offsets ``(N, anchors * 4, H, W)``, in float32.
-        """
-        scores, offsets = super().forward_single(x)
-        return scores.float(), offsets.float()
 
 
 @MODELS.register_module()

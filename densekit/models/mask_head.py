@@ -16,6 +16,7 @@ from mmdet.evaluation import CocoMetric
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 
 from densekit.evaluation.rle import RleMasks, paste
+from densekit.models.boxes import constant
 from densekit.models.mask_targets import mask_targets
 
 
@@ -67,10 +68,10 @@ class RleMaskHead(FCNMaskHead):
             return super()._predict_by_feat_single(
                 mask_preds, bboxes, labels, img_meta, rcnn_test_cfg, rescale, activate_map
             )
-        across, down = bboxes.new_tensor(img_meta['scale_factor']).tolist()
+        across, down = torch.tensor(img_meta['scale_factor'], dtype=bboxes.dtype).tolist()
         height, width = img_meta['ori_shape'][:2]
         if rescale:
-            bboxes /= bboxes.new_tensor([across, down, across, down])  # the boxes of the results, as mmdet does it
+            bboxes /= constant([across, down, across, down], bboxes)  # the boxes of the results, as mmdet does it
         else:
             height, width = round(height * down), round(width * across)
         scores = torch.as_tensor(mask_preds)

@@ -90,8 +90,14 @@ OTHERWISE_DETECTION = {
     **{f'{loop}_dataloader.num_workers': 'JPEG decoding keeps two busy' for loop in ('train', 'val', 'test')},
     'model.roi_head.mask_head.type': 'can give run lengths, to the pixel the same',
     'default_hooks.masks.type': 'has it do so',
-    'model.train_cfg.rpn.assigner.type': 'the same, without waiting for the device',
-    'model.train_cfg.rcnn.assigner.type': 'the same, without waiting for the device',
+    **{
+        f'model.{part}.type': 'the same, without waiting for the device'
+        for part in (
+            *('data_preprocessor', 'rpn_head.bbox_coder', 'roi_head', 'roi_head.bbox_head'),
+            *('roi_head.bbox_head.bbox_coder', 'train_cfg.rpn.assigner', 'train_cfg.rpn.sampler'),
+            *('train_cfg.rcnn.assigner', 'train_cfg.rcnn.sampler'),
+        )
+    },
     'tta_model.type': 'mmdet has none for masks',
     **{
         f'tta_pipeline.*.{key}': 'mmdet has none for masks'
@@ -159,7 +165,8 @@ def test_recipe_differs_from_the_stock_one_only_on_purpose(name):
     differing = {key for key in ours.keys() | stock.keys() if ours.get(key, missing) != stock.get(key, missing)}
     expected = OTHERWISE | (OTHERWISE_SEGMENTATION if package is mmseg else OTHERWISE_DETECTION)
     general = {re.sub(r'\.\d+(?=\.|$)', '.*', key) for key in differing}
-    assert {key.replace('rcnn.*.assigner', 'rcnn.assigner') for key in general} == set(expected)  # a cascade has three
+    one_stage = {re.sub(r'(rcnn|bbox_head)\.\*', r'\1', key) for key in general}  # a cascade has three
+    assert one_stage == set(expected)
 
 
 @every_v1
@@ -223,7 +230,7 @@ def test_detection_schedule_and_augmentation(name):
 def test_cascade_box_heads(name):
     cfg = config_of(file_of(name))
     for head in cfg.model.roi_head.bbox_head:
-        assert (head.type, head.num_shared_convs, head.num_shared_fcs) == ('ConvFCBBoxHead', 4, 1)
+        assert (head.type, head.num_shared_convs, head.num_shared_fcs) == ('WholeConvFCBBoxHead', 4, 1)
         assert head.norm_cfg.type == 'SyncBN' and head.reg_decoded_bbox and not head.reg_class_agnostic
         assert head.loss_bbox == dict(type='GIoULoss', loss_weight=10.0)
 

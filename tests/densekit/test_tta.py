@@ -284,7 +284,7 @@ def test_other_detectors_are_refused():
     with DefaultScope.overwrite_default_scope('mmdet'):
         cfg = small('mask_rcnn')
         del cfg.roi_head['mask_head'], cfg.roi_head['mask_roi_extractor']
-        with pytest.raises(ValueError, match='cannot test a MaskRCNN with StandardRoIHead'):
+        with pytest.raises(ValueError, match='cannot test a MaskRCNN with WholeRoIHead'):
             MaskTTAModel(cfg)
 
 

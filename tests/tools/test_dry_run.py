@@ -92,7 +92,7 @@ def test_a_detector(rehearsal, tmp_path):
     assert 'inconsistent' not in log
     shown = tables(log)
     assert max(len(line) for line in shown.splitlines() if 'mmengine' not in line) <= 120
-    assert row(shown, 'roi_head.bbox_head')[1:3] == ['Shared2FCBBoxHead', '875,546']
+    assert row(shown, 'roi_head.bbox_head')[1:3] == ['WholeShared2FCBBoxHead', '875,546']
     assert 'precision: float32\nbatch norms: none\nstarting weights: at random\n' in shown
     assert row(shown, 'layer_0_no_decay') == ['layer_0_no_decay', '0', '1.00000', '0.003', '0', '3', '72']
     assert row(shown, 'training') == ['training', '500', '125.0']

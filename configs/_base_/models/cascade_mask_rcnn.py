@@ -10,7 +10,7 @@ num_classes = 80
 model = dict(
     type='CascadeRCNN',
     data_preprocessor=dict(
-        type='DetDataPreprocessor',
+        type='DeviceDetDataPreprocessor',
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
         bgr_to_rgb=True,
@@ -31,12 +31,12 @@ model = dict(
         in_channels=256,
         feat_channels=256,
         anchor_generator=dict(type='AnchorGenerator', scales=[8], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32, 64]),
-        bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0.0, 0.0, 0.0, 0.0], target_stds=[1.0, 1.0, 1.0, 1.0]),
+        bbox_coder=dict(type='DeviceBoxCoder', target_means=[0.0, 0.0, 0.0, 0.0], target_stds=[1.0, 1.0, 1.0, 1.0]),
         loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=True, loss_weight=1.0),
         loss_bbox=dict(type='SmoothL1Loss', beta=1.0 / 9.0, loss_weight=1.0),
     ),
     roi_head=dict(
-        type='CascadeRoIHead',
+        type='WholeCascadeRoIHead',
         num_stages=3,
         stage_loss_weights=[1, 0.5, 0.25],
         bbox_roi_extractor=dict(
@@ -47,7 +47,7 @@ model = dict(
         ),
         bbox_head=[
             dict(
-                type='ConvFCBBoxHead',
+                type='WholeConvFCBBoxHead',
                 num_shared_convs=4,
                 num_shared_fcs=1,
                 in_channels=256,
@@ -55,7 +55,7 @@ model = dict(
                 fc_out_channels=1024,
                 roi_feat_size=7,
                 num_classes=num_classes,
-                bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0.0, 0.0, 0.0, 0.0], target_stds=stds),
+                bbox_coder=dict(type='DeviceBoxCoder', target_means=[0.0, 0.0, 0.0, 0.0], target_stds=stds),
                 reg_class_agnostic=False,
                 reg_decoded_bbox=True,
                 norm_cfg=dict(type='SyncBN', requires_grad=True),
@@ -89,7 +89,9 @@ model = dict(
                 match_low_quality=True,
                 ignore_iof_thr=-1,
             ),
-            sampler=dict(type='RandomSampler', num=256, pos_fraction=0.5, neg_pos_ub=-1, add_gt_as_proposals=False),
+            sampler=dict(
+                type='WholeRandomSampler', num=256, pos_fraction=0.5, neg_pos_ub=-1, add_gt_as_proposals=False
+            ),
             allowed_border=0,
             pos_weight=-1,
             debug=False,
@@ -105,7 +107,9 @@ model = dict(
                     match_low_quality=False,
                     ignore_iof_thr=-1,
                 ),
-                sampler=dict(type='RandomSampler', num=512, pos_fraction=0.25, neg_pos_ub=-1, add_gt_as_proposals=True),
+                sampler=dict(
+                    type='WholeRandomSampler', num=512, pos_fraction=0.25, neg_pos_ub=-1, add_gt_as_proposals=True
+                ),
                 mask_size=28,
                 pos_weight=-1,
                 debug=False,
