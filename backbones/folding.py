@@ -1,4 +1,4 @@
-"""An inference copy of a model: every ConvNeXt block with its LayerNorm's affine map and its layer scale folded away.
+"""A model for inference: every ConvNeXt block with its LayerNorm's affine map and its layer scale folded away.
 
 ``Linear(w * x + b)`` and ``gamma * Linear(x)`` are linear layers themselves, so the same numbers come out, within
 float32 rounding, of fewer passes over memory.
@@ -12,35 +12,76 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.convnext import ConvNeXtBlock, Linear
-from backbones.kernels import cpu
+from backbones.kernels import choice, cpu
 
 Model = TypeVar('Model', bound=nn.Module)
 
 
-def fold(model: Model) -> Model:
-    """Copies a model for inference, with its ConvNeXt blocks folded.
+def fold(model: Model, *, in_place: bool = False) -> Model:
+    """Folds the ConvNeXt blocks of a model, for inference.
 
-    The given model, its weights and its checkpoints stay as they are; what is loaded or trained there later does not
-    reach the copy. Folded weights go by other names than the official ones and are not part of the copy's
-    ``state_dict``, so that no checkpoint of it is mistaken for the model's.
+    Without ``in_place`` the given model, its weights and its checkpoints stay as they are; what is loaded or trained
+    there later does not reach the copy. Folded weights go by other names than the official ones and are not part of
+    the ``state_dict``, so that no checkpoint of a folded model is mistaken for the model's.
 
     Args:
         model: a backbone, or a detector or segmentor with one.
+        in_place: change the given model, which gives up the weights that were folded, block by block.
 
     Returns:
-        The copy, in evaluation mode, without gradients.
+        The copy, or the model itself, in evaluation mode, without gradients.
 
     Raises:
-        ValueError: if the model holds no ConvNeXt block, is in float16, or has other layers in the place of the
-            linear ones, as adapters put them there.
+        ValueError: if the model holds no ConvNeXt block, is in float16 or sharded, has other layers in the place of
+            the linear ones or of the LayerNorm, as adapters put them there, or has hooks on them. It is unchanged then.
     """
-    folded = copy.deepcopy(model).eval().requires_grad_(False)
-    blocks = [(m, name) for m in folded.modules() for name, child in m.named_children() if type(child) is ConvNeXtBlock]
-    if not blocks:
-        raise ValueError(f'{type(model).__name__} holds no ConvNeXt block; there is nothing to fold')
-    for parent, name in blocks:
+    if reason := why_not(model):
+        raise ValueError(f'{type(model).__name__} cannot be folded: {reason}')
+    folded = (model if in_place else copy.deepcopy(model)).eval().requires_grad_(False)
+    for parent, name in _places(folded):
         parent.add_module(name, FoldedBlock(getattr(parent, name)))
     return folded
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Why :func:`fold` refuses a model, in words; None if it does not."""
+    places = _places(model)
+    if not places:
+        return 'it holds no ConvNeXt block; there is nothing to fold'
+    return next((reason for parent, name in places if (reason := _obstacle(getattr(parent, name)))), None)
+
+
+def runs_on_triton(model: nn.Module) -> bool:
+    """Whether blocks of a model run on Triton kernels where it is now; folded ones never do."""
+    blocks = [getattr(parent, name) for parent, name in _places(model)]
+    return any(
+        block.kernels == 'triton'
+        or choice.choose(block.kernels, block.pwconv1.weight.device, block.pwconv1.weight.dtype) == 'triton'
+        for block in blocks
+    )
+
+
+def _places(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Modules that have a ConvNeXt block, each with the block's name."""
+    return [(m, name) for m in model.modules() for name, child in m.named_children() if type(child) is ConvNeXtBlock]
+
+
+def _obstacle(block: ConvNeXtBlock) -> str | None:
+    linear = (block.pwconv1, block.pwconv2)
+    others = {type(layer).__name__ for layer in linear if type(layer) is not Linear}
+    others |= {type(block.norm).__name__} if type(block.norm) is not nn.LayerNorm else set()
+    if others:
+        return f'a block has {", ".join(sorted(others))} in the place of a layer that folds; merge it first'
+    layers = (block, block.norm, *linear, block.drop_path)
+    weights = [weight for layer in (block.norm, *linear) for weight in layer.parameters()]
+    if kinds := {type(weight).__name__ for weight in weights} - {'Parameter'}:
+        return f'its weights are {", ".join(sorted(kinds))}, as sharding has them; load them into a whole model'
+    if any(x._forward_hooks or x._forward_pre_hooks or x._backward_hooks or x._backward_pre_hooks for x in layers):
+        return 'a block has a hook, which would no longer be called; remove it first'
+    if block.pwconv1.weight.dtype == torch.float16:
+        # A layer scale of 1e-6 times a weight is zero there.
+        return 'it is in float16, which loses small layer scales; fold it in float32 or bfloat16'
+    return None
 
 
 class FoldedBlock(nn.Module):
@@ -103,13 +144,7 @@ class FoldedBlock(nn.Module):
 @torch.no_grad()
 def _folded_weights(block: ConvNeXtBlock) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weights and biases of the two linear layers, computed in float64 and rounded once."""
-    others = {type(layer).__name__ for layer in (block.pwconv1, block.pwconv2) if type(layer) is not Linear}
-    if others:
-        raise ValueError(f'a block has {", ".join(sorted(others))} in the place of a linear layer; merge it first')
     dtype = block.pwconv1.weight.dtype
-    if dtype == torch.float16:
-        # A layer scale of 1e-6 times a weight is zero there.
-        raise ValueError('a float16 model cannot be folded without loss; fold it in float32 or bfloat16')
     names = (block.norm.weight, block.norm.bias, block.pwconv1.weight, block.pwconv1.bias)
     scale, shift, w1, b1 = (p.double() for p in names)
     w2, b2 = block.pwconv2.weight.double(), block.pwconv2.bias.double()

@@ -11,7 +11,9 @@ is an error.
 
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from mmengine.logging import print_log
@@ -35,6 +37,10 @@ _NO_DECAY_NAMES = frozenset(
     {'gamma', 'beta', 'scale', 'layer_scale', 'layer_scale_parameter', 'pos_embed', 'absolute_pos_embed'}
     | {'relative_position_bias_table', 'cls_token', 'mask_token'}
 )
+
+
+# By id of a parameter: its strides and those of its gradient.
+_Known = dict[int, tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 @dataclass
@@ -82,8 +88,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             model: wrapped or not.
         """
         wrapper = super().__call__(model)
-        wrapper.optimizer.register_load_state_dict_pre_hook(_keep_implementation)
-        wrapper.optimizer.register_step_pre_hook(_match_strides)
+        mend_fused(wrapper.optimizer)
         return wrapper
 
     def _validate_cfg(self) -> None:
@@ -198,6 +203,30 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         return '', 1.0, 1.0
 
 
+_mended: WeakSet[Optimizer] = WeakSet()
+
+
+def mend_fused(optimizer: Optimizer) -> None:
+    """Mends what fused optimizers of torch get wrong when memory formats or checkpoints change.
+
+    - Gradients and states are laid out as their parameters are before each step; with others a fused step mixes up
+      numbers.
+    - What is loaded leaves ``fused`` and ``foreach`` as they are.
+
+    The constructor of this file does so by itself; a second time changes nothing.
+
+    Args:
+        optimizer: of any kind; nothing changes for one that is not fused.
+    """
+    if optimizer in _mended:
+        return
+    _mended.add(optimizer)
+    known: _Known = {}
+    optimizer.register_load_state_dict_pre_hook(_keep_implementation)
+    optimizer.register_load_state_dict_post_hook(lambda _: known.clear())
+    optimizer.register_step_pre_hook(partial(_match_strides, known))
+
+
 def _keep_implementation(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """A state for ``load_state_dict`` that leaves to the optimizer how it computes, not what."""
     own = optimizer.param_groups[0]
@@ -205,23 +234,33 @@ def _keep_implementation(optimizer: Optimizer, state: dict[str, Any]) -> dict[st
     return {**state, 'param_groups': [{**group, **how} for group in state['param_groups']]}
 
 
-def _match_strides(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _match_strides(known: _Known, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Lays out gradients and states as their parameters are.
 
     A fused step goes through memory without a look at strides: with others it mixes up numbers and says nothing (torch
     2.11, CPU). Autograd gives gradients their parameter's strides; a checkpoint's may be of another memory format.
+
+    Args:
+        known: strides with which a parameter was looked at before, changed in place. As long as they stay and no state
+            is loaded, all is as it was left; this runs on the host in each step.
+        optimizer: about to step.
+        args: of the step; not used.
+        kwargs: likewise.
     """
     for group in optimizer.param_groups:
         for parameter in group['params'] if group.get('fused') else ():
-            if parameter.grad is None:
+            if (gradient := parameter.grad) is None:
+                continue
+            if known.get(id(parameter)) == (parameter.stride(), gradient.stride()):
                 continue
             strides = _strides(parameter)
-            if _strides(parameter.grad) != strides:
-                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+            if _strides(gradient) != strides:
+                parameter.grad = gradient = torch.empty_like(parameter).copy_(gradient)
             state = optimizer.state.get(parameter, {})
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape and _strides(value) != strides:
                     state[key] = torch.empty_like(parameter).copy_(value)
+            known[id(parameter)] = parameter.stride(), gradient.stride()
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ USAGE = """%(prog)s [--tier N...] [--budget SECONDS] [options]
        %(prog)s --backbone ARCH --images NxHxW [options]
        %(prog)s --step CONFIG --images NxHxW [options]
        %(prog)s --data CONFIG [--gpu-rate IMAGES/S...]
-       %(prog)s --fit SIZE CONFIG [--images 1xHxW] [--verify]"""
+       %(prog)s --fit SIZE CONFIG [--images 1xHxW] [--verify]
+       %(prog)s --waits CONFIG [--images NxHxW]"""
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -21,6 +22,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument('--step', action='store_true', help='whole steps of CONFIG, beside the stock form of it')
     what.add_argument('--data', action='store_true', help='reading and augmenting images, as CONFIG does for training')
     what.add_argument('--fit', metavar='SIZE', help='which batch of CONFIG fits in a memory, such as 24GiB')
+    what.add_argument('--waits', action='store_true', help='how often the host waits for a GPU; needs none')
     what.add_argument('config', nargs='?', metavar='CONFIG', help='e.g. configs/detection/mask_rcnn_convnext_t_coco.py')
 
     how = parser.add_argument_group('how')
@@ -41,11 +43,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_device(parser)
     add_cfg_options(parser)
     args = parser.parse_args(argv)
-    chosen = [name for name in ('tier', 'backbone', 'step', 'data', 'fit') if getattr(args, name)]
+    chosen = [name for name in ('tier', 'backbone', 'step', 'data', 'fit', 'waits') if getattr(args, name)]
     if len(chosen) > 1:
         parser.error(f'--{chosen[0]} and --{chosen[1]} are different measurements; give one of them')
-    if (args.config is not None) != (chosen[:1] in (['step'], ['data'], ['fit'])):
-        parser.error('a CONFIG goes with --step, --data or --fit, and each of these needs one')
+    if (args.config is not None) != (chosen[:1] in (['step'], ['data'], ['fit'], ['waits'])):
+        parser.error('a CONFIG goes with --step, --data, --fit or --waits, and each of these needs one')
     if args.rounds < 1:
         parser.error(f'--rounds {args.rounds}: give 1 or more; 5 or more for figures to keep')
     return args

@@ -19,6 +19,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--batch-size', type=int, default=1, metavar='N', help='images of one size that the model takes at once'
     )
+    parser.add_argument(
+        '--no-fold',
+        action='store_true',
+        help='leave the ConvNeXt blocks as trained; folded they are faster and equal but for the last digits',
+    )
     add_device(parser)
     add_cfg_options(parser)
     return parser.parse_args(argv)
@@ -39,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             batch_size=args.batch_size,
             device=args.device,
             options=args.cfg_options,
+            fold=not args.no_fold,
         )
 
     return exit_status(action)

@@ -12,6 +12,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('config', help='config file that the checkpoint was trained with')
     parser.add_argument('checkpoint', help='.pth file of the whole model')
     parser.add_argument('--tta', action='store_true', help='several scales and flips')
+    parser.add_argument(
+        '--fold',
+        action='store_true',
+        help='fold the ConvNeXt blocks, which is faster; figures may differ from those of a validation in the last '
+        'digits',
+    )
     parser.add_argument('--out', metavar='FILE', help='write the metrics as JSON, those of each class as well')
     parser.add_argument(
         '--results', metavar='DIR', help="write what was found, for COCO's or ADE20K's test server, besides scoring it"
@@ -34,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.config,
             args.checkpoint,
             tta=args.tta,
+            fold=args.fold,
             out=args.out,
             results=args.results,
             format_only=args.format_only,

@@ -53,7 +53,7 @@ class BackboneCase:
 
     def measure(self, settings: Settings) -> Record:
         """Measures all candidates in one interleaved run."""
-        found, left_out = builders(settings.device)
+        found, left_out = builders(settings.device, training=self.training)
         chosen = {name: build for name, build in found.items() if not self.peers or name in self.peers}
         torch.compiler.reset()  # the limit of recompilations is per function, and peers of other cases have used it up
         makers = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from backbones import ARCHS
-from densekit.benchmark import fit, machine
+from densekit.benchmark import fit, machine, waits
 from densekit.benchmark.backbone import BackboneCase
 from densekit.benchmark.case import Case, Images, parse_images
 from densekit.benchmark.peers import builders
@@ -41,6 +41,9 @@ def run(args: argparse.Namespace, say: Say) -> None:
             return
         if args.fit:
             _fit(args, device, say)
+            return
+        if args.waits:
+            say(waits.report(args.config, _images(args)[0] if args.images else (2, 128, 192), tuple(args.cfg_options)))
             return
         check_writable(args.out, '--out')
         cases = _cases(args, device)
@@ -97,11 +100,12 @@ def _dtypes(args: argparse.Namespace, device: torch.device) -> list[str]:
 def _backbone_cases(args: argparse.Namespace, device: torch.device) -> list[BackboneCase]:
     if args.backbone not in ARCHS:
         raise ValueError(f'--backbone {args.backbone} is unknown; choose one of {", ".join(ARCHS)}')
-    known, left_out = builders(device)
-    for name in args.peers or ():
-        if name not in known:
-            reason = f' ({left_out[name]})' if name in left_out else ''
-            raise ValueError(f'--peers {name} is not here{reason}; there are {", ".join(known)}')
+    for phase in args.phase:
+        known, left_out = builders(device, training=phase == 'train')
+        for name in args.peers or ():
+            if name not in known:
+                reason = f' ({left_out[name]})' if name in left_out else ''
+                raise ValueError(f'--peers {name} is not here{reason}; there are {", ".join(known)}')
     return [
         BackboneCase(
             args.backbone,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones import ARCHS, ConvNeXt
+from backbones.folding import fold
 from densekit.benchmark.mmpretrain import convnext_class
 
 Arch = str | Mapping[str, Sequence[int]]
@@ -23,6 +24,7 @@ Builder = Callable[[Arch, float], nn.Module]
 """From sizes and a rate of drop path to a model: ``(N, 3, H, W)`` to four feature maps."""
 
 OURS = 'densekit'
+FOLDED = f'{OURS} folded'
 _EPS = 1e-6
 _OUTPUTS = (0, 1, 2, 3)
 _OFFICIAL = 'no installed package has facebookresearch/ConvNeXt; its order of additions is that of transformers'
@@ -68,16 +70,25 @@ def sizes(arch: Arch) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(depths), tuple(channels)
 
 
-def builders(device: torch.device) -> tuple[dict[str, Builder], dict[str, str]]:
+def builders(device: torch.device, *, training: bool = True) -> tuple[dict[str, Builder], dict[str, str]]:
     """All that can be built here, ours first, and those left out with the reason.
 
-    Ours is as it is by default; where it can choose its kernels, also with each choice that this device has.
+    Ours is as it is by default; where it can choose its kernels, also with each choice that this device has; and for
+    inference with folded blocks.
+
+    Args:
+        device: to run on.
+        training: whether all have to train.
     """
     found: dict[str, Builder] = {OURS: _ours}
     if 'kernels' in inspect.signature(ConvNeXt).parameters:
         for kernels in ('eager', 'triton') if device.type == 'cuda' else ('eager',):
             found[f'{OURS} {kernels}'] = partial(_ours, kernels=kernels)
     left_out = {'official': _OFFICIAL}
+    if training:
+        left_out[FOLDED] = 'for inference only: --phase infer'
+    else:
+        found[FOLDED] = _folded
     theirs: dict[str, tuple[str, Builder]] = {
         'timm': ('timm.models.convnext', _timm),
         'timm conv_mlp': ('timm.models.convnext', partial(_timm, conv_mlp=True)),
@@ -103,6 +114,10 @@ def builders(device: torch.device) -> tuple[dict[str, Builder], dict[str, str]]:
 
 def _ours(arch: Arch, drop_path: float, **kwargs: Any) -> nn.Module:
     return ConvNeXt(arch, drop_path_rate=drop_path, layer_scale_init_value=1.0, **kwargs)
+
+
+def _folded(arch: Arch, drop_path: float) -> nn.Module:
+    return fold(_ours(arch, drop_path), in_place=True)
 
 
 def _timm(arch: Arch, drop_path: float, conv_mlp: bool = False) -> nn.Module:

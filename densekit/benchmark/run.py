@@ -11,8 +11,10 @@ import torch
 from densekit.benchmark import chart, machine, peaks
 from densekit.benchmark.case import Case, Settings
 from densekit.benchmark.results import Results
+from densekit.benchmark.steps import StepCase
 from densekit.benchmark.table import against_best, form, render
 from densekit.benchmark.timing import Budget
+from densekit.engine.heap import keep_freed_memory
 from densekit.files import write_whole
 
 Say = Callable[[str], object]
@@ -58,6 +60,8 @@ def run_cases(
             tier, case = todo[0]
             say(f'measuring {case.key}')
             start = time.monotonic()
+            if isinstance(case, StepCase) and device.type == 'cpu':
+                keep_freed_memory()  # for all candidates alike, as in each of our runs on a CPU
             record = case.measure(Settings(device, limits, rounds))
             results.save(case.key, tier, record)
             todo.pop(0)

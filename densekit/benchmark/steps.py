@@ -17,10 +17,11 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, METRICS, MODELS, DefaultScope
 from torch import nn
 
+from backbones.folding import fold
 from densekit.benchmark.breakdown import parts_of
 from densekit.benchmark.case import LAYOUTS, Candidate, Images, Record, Settings, measure_rows, written
 from densekit.benchmark.generated import jittered_truth, make_batch
-from densekit.benchmark.peers import OURS
+from densekit.benchmark.peers import FOLDED, OURS
 from densekit.benchmark.stock import class_of, stock_form
 from densekit.benchmark.timing import Call, why
 from densekit.engine.config import load_config, set_amp
@@ -63,10 +64,14 @@ class StepCase:
         """Measures all candidates in one interleaved run, then the parts of each one's step."""
         configs = {OURS: self.ours()}
         configs[STOCK], replaced = stock_form(configs[OURS])
+        if not self.training:
+            configs[FOLDED] = configs[OURS]
         steps: dict[Candidate, Step] = {}
 
         def make(candidate: Candidate) -> Call:
             step = Step(self, configs[candidate.who], candidate.layout, settings.device, candidate.who == OURS)
+            if candidate.who == FOLDED:
+                fold(step.model, in_place=True)
             if steps:
                 step.take_heads(next(iter(steps.values())))
             steps[candidate] = step

@@ -19,6 +19,7 @@ from densekit.engine.config_check import check_types
 _OTHER_KEYS = {
     'activation_checkpointing',
     'allow_changed',
+    'channels_last',
     'compile',
     'custom_imports',
     'data_checks',

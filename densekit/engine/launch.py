@@ -17,6 +17,7 @@ from densekit.data.sampling import SampleError
 from densekit.engine.config import load_config, set_amp
 from densekit.engine.distributed import end_process_group, prepare_launcher
 from densekit.engine.dry_run import rehearse
+from densekit.engine.fold_hook import fold_for_test
 from densekit.engine.log_backends import add_backends, check_backends
 from densekit.engine.runner import DensekitRunner
 from densekit.engine.store import CheckpointNotSaved
@@ -97,6 +98,7 @@ def test(
     checkpoint: str,
     *,
     tta: bool = False,
+    fold: bool = False,
     out: str | None = None,
     results: str | None = None,
     format_only: str | None = None,
@@ -109,6 +111,7 @@ def test(
         config: path of the config file.
         checkpoint: of a whole model.
         tta: test at several scales and flipped.
+        fold: fold the ConvNeXt blocks; see :mod:`backbones.folding`.
         out: JSON file for the metrics, those of each class as well.
         results: folder for files of the results: detections for COCO's test server, label maps for ADE20K's.
         format_only: the same, and nothing is scored; for a test set without ground truth.
@@ -132,6 +135,8 @@ def test(
             write_results(cfg, results, format_only)
         runner = _build_runner(cfg)
         runner.prepare('test')
+        if fold:
+            fold_for_test(runner)
     with run_errors():
         metrics = {name: float(value) for name, value in runner.test().items()}  # mmseg's are NumPy scalars
     classes = by_class(runner.test_loop.evaluator.metrics)

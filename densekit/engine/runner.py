@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from backbones.files import read_checkpoint
+from backbones.layer_decay import mend_fused
 from densekit.cli import RunStopped
 from densekit.data.checks import check_data
 from densekit.data.faults import describe, raise_for
@@ -34,6 +35,7 @@ from densekit.engine.distributed import from_first, init_cpu_process_group
 from densekit.engine.guards import FiniteGuard, StopSignalHook
 from densekit.engine.heap import keep_freed_memory
 from densekit.engine.loops import ResumableEpochLoop, ResumableIterLoop
+from densekit.engine.memory_format import lay_out_weights
 from densekit.engine.pretrained_files import check_pretrained_files
 from densekit.engine.progress_line import ProgressLine
 from densekit.engine.resume import OURS, check_run, is_sharded_checkpoint, restore, run_state, settled_gradients
@@ -155,6 +157,7 @@ class DensekitRunner(Runner):
         """Moves the model to its device and wraps it for several processes."""
         if is_model_wrapper(model):
             return super().wrap_model(model_wrapper_cfg, model)
+        lay_out_weights(self.cfg, model)
         if not self.distributed:
             return self._without_sync_bn(model.to(get_device()), _ALONE)
         if self.world_size == 1 or dist.get_backend() == 'gloo':
@@ -212,6 +215,7 @@ class DensekitRunner(Runner):
             self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
             if isinstance(self.optim_wrapper, OptimWrapperDict):
                 raise ValueError('several optimizers (OptimWrapperDict) are not supported: a run could not be resumed')
+            mend_fused(self.optim_wrapper.optimizer)
             if is_sharded(self.bare_model()) and isinstance(self.optim_wrapper, AmpOptimWrapper):
                 raise ValueError(
                     'sharding with AmpOptimWrapper (--amp fp16) is not supported: its loss scaler sees a part of the '

@@ -69,6 +69,7 @@ def predict(
     batch_size: int = 1,
     device: str | None = None,
     options: Sequence[str] = (),
+    fold: bool = True,
 ) -> None:
     """Writes a picture per image and a video per video, with results as JSON, to a folder.
 
@@ -83,6 +84,7 @@ def predict(
         batch_size: images that go through the model together, if of one size.
         device: see :class:`Predictor`.
         options: ``key=value`` texts that change the config.
+        fold: see :class:`Predictor`.
 
     Raises:
         UserError: if something given cannot be used. What cannot be read is left out, the others are written before
@@ -98,7 +100,7 @@ def predict(
         paths, problems = find_files(inputs)
         names = _output_names(paths)
         _check_overwriting(paths, [Path(out, name) for name in names.values()])
-        predictor = Predictor(config, checkpoint, device=device, options=options)
+        predictor = Predictor(config, checkpoint, device=device, options=options, fold=fold)
     run = Run(predictor, Path(out), score_thr, batch_size, {'config': config, 'checkpoint': checkpoint})
     videos = [path for path in paths if Path(path).suffix.lower() in video.SUFFIXES]
     with user_errors():  # a disk that is full, a model that gives something else

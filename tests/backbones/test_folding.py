@@ -1,15 +1,20 @@
-"""A folded copy gives what the model gives, and leaves the model alone."""
+"""A folded model gives what the model gives; a copy leaves it alone."""
 
 import copy
+import gc
 import pickle
+import re
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from backbones import ConvNeXt, ConvNeXtIsotropic
-from backbones.folding import FoldedBlock, fold
-from backbones.kernels import cpu
+from backbones.convnext import ConvNeXtBlock
+from backbones.folding import FoldedBlock, fold, runs_on_triton, why_not
+from backbones.kernels import choice, cpu
 
 MINI = dict(depths=(1, 2, 1, 1), channels=(24, 96, 112, 128))
 MODELS = {
@@ -134,14 +139,73 @@ def test_which_models_take_the_fused_operators(name, used, monkeypatch):
     assert bool(calls) == used
 
 
+def test_in_place_the_folded_weights_are_given_up(model):
+    x = image(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = fold(model)(x)
+    blocks = [m for m in model.modules() if type(m) is ConvNeXtBlock]
+    given_up = [weakref.ref(block.pwconv1.weight) for block in blocks]
+    number = len(blocks)
+    del blocks
+    assert fold(model.train(), in_place=True) is model
+    gc.collect()
+    assert given_up and all(weight() is None for weight in given_up)
+    assert sum(isinstance(m, FoldedBlock) for m in model.modules()) == number
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(model(x), expected, strict=True))
+
+
+def adapted(model):
+    model.stages[0][0].pwconv1 = nn.Sequential(model.stages[0][0].pwconv1)
+
+
+def normed(model):
+    model.stages[0][0].norm = nn.RMSNorm(24)
+
+
+def hooked(model):
+    model.stages[1][0].pwconv2.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize('in_place', [False, True])
+@pytest.mark.parametrize(
+    ('harm', 'said'),
+    [
+        (lambda model: model.half(), 'float16, which loses'),
+        (adapted, 'Sequential in the place of a layer that folds'),
+        (normed, 'RMSNorm in the place'),
+        (hooked, 'has a hook'),
+    ],
+)
+def test_what_cannot_be_folded_is_refused_and_stays(mini, harm, said, in_place):
+    model = mini()
+    assert why_not(model) is None
+    harm(model)
+    assert re.search(said, str(why_not(model)))
+    with pytest.raises(ValueError, match=f'ConvNeXt cannot be folded: .*{said}'):
+        fold(model, in_place=in_place)
+    assert model.training and not any(isinstance(m, FoldedBlock) for m in model.modules())
+
+
+def test_sharded_weights_are_refused(mini, tmp_path):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        model = mini()
+        fully_shard(model)
+        assert 'DTensor, as sharding has them' in str(why_not(model))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_mistakes_are_explained(mini):
-    with pytest.raises(ValueError, match='Conv2d holds no ConvNeXt block'):
+    with pytest.raises(ValueError, match='Conv2d cannot be folded: it holds no ConvNeXt block'):
         fold(nn.Conv2d(1, 1, 1))
-    with pytest.raises(ValueError, match='float16 model cannot be folded'):
-        fold(mini().half())
-    adapted = mini()
-    adapted.stages[0][0].pwconv1 = nn.Sequential(adapted.stages[0][0].pwconv1)
-    with pytest.raises(ValueError, match='Sequential in the place of a linear layer'):
-        fold(adapted)
     with pytest.raises(RuntimeError, match='for inference'):
         fold(mini()).train()(image(1, 3, 64, 64))
+
+
+def test_which_models_run_on_triton(monkeypatch):
+    assert not runs_on_triton(MODELS['V1']()) and not runs_on_triton(MODELS['eager']())
+    monkeypatch.setattr(choice, 'choose', lambda kernels, device, dtype: 'triton' if kernels == 'auto' else 'eager')
+    assert runs_on_triton(MODELS['V1']()) and not runs_on_triton(MODELS['eager']())

@@ -12,6 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from backbones import ConvNeXt, LayerDecayOptimWrapperConstructor, layer_decay
+from backbones.layer_decay import mend_fused
 
 DEPTHS = {'tiny': (3, 3, 9, 3), 'base': (3, 3, 27, 3), 'xxlarge': (3, 4, 30, 3)}
 
@@ -226,6 +227,25 @@ def test_two_backbones_of_different_depth():
     assert len({group['group_name'] for group in groups}) == len(groups)
 
 
+def pairs(groups):
+    return {(group['lr'], group['weight_decay']) for group in groups}
+
+
+@pytest.mark.parametrize('mode', ['layer_wise', 'stage_wise'])
+@pytest.mark.parametrize('size', DEPTHS)
+def test_no_more_groups_than_learning_rates_and_weight_decays(size, mode):
+    """A fused step is one pass over the parameters of each group."""
+    groups = groups_of(Detector(size), decay_type=mode)
+    assert len(groups) == len(pairs(groups))
+
+
+def test_groups_of_one_learning_rate_stay_apart():
+    """With them together, no checkpoint written before could be resumed: their number and names are in it."""
+    groups = groups_of(Detector(), 1.0)
+    assert (len(groups), len(pairs(groups))) == (16, 2)
+    assert len({group['group_name'] for group in groups}) == 16
+
+
 def test_every_trainable_parameter_is_in_one_group():
     model = Detector('base', use_grn=True)
     ids = [id(p) for group in groups_of(model) for p in group['params']]
@@ -399,28 +419,87 @@ def test_torch_still_takes_the_state_s_word_for_it():
     assert optimizer.param_groups[0]['fused'] is None
 
 
-def channels_last_step(hook, monkeypatch):
-    """Two steps, between which the parameters change their memory format; fused and not."""
-    if not hook:
-        monkeypatch.setattr(layer_decay, '_match_strides', lambda *_: None)
-    weights = []
-    for fused in (True, None):
-        model, wrapper = stepped(fused, 1)
-        model.to(memory_format=torch.channels_last)
-        for i, parameter in enumerate(model.parameters()):
-            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
-        wrapper.step()
-        weights.append(model.state_dict())
-    return weights
+def give_gradients(model, memory_format=torch.contiguous_format):
+    for i, parameter in enumerate(model.parameters()):
+        gradient = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+        parameter.grad = gradient.contiguous(memory_format=memory_format) if gradient.ndim == 4 else gradient
 
 
-def test_a_fused_step_minds_strides(monkeypatch):
-    fused, plain = channels_last_step(True, monkeypatch)
+def to_channels_last(model, optimizer):
+    """Weights that change their format between two steps."""
+    model.to(memory_format=torch.channels_last)
+
+
+def channels_last_state(model, optimizer):
+    """A checkpoint of a run in channels_last, after a step without it."""
+    state = optimizer.state_dict()
+    for values in state['state'].values():
+        values.update({k: v.to(memory_format=torch.channels_last) for k, v in values.items() if v.ndim == 4})
+    optimizer.load_state_dict(state)
+
+
+def nothing(model, optimizer):
+    """Gradients alone are in another format."""
+
+
+CHANGES = [to_channels_last, channels_last_state, nothing]
+
+
+def steps_around(change, fused, gradients=torch.contiguous_format):
+    """Weights after three steps; something changes its memory format between the second and the third."""
+    model, wrapper = stepped(fused, 2)
+    change(model, wrapper.optimizer)
+    give_gradients(model, gradients)
+    wrapper.step()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize('gradients', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('change', CHANGES)
+def test_a_fused_step_minds_strides(change, gradients):
+    fused, plain = (steps_around(change, how, gradients) for how in (True, None))
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
 
 
-def test_torch_still_passes_over_strides(monkeypatch):
+@pytest.mark.parametrize('change', CHANGES)
+def test_torch_still_passes_over_strides(change, monkeypatch):
     """When this fails torch has mended it, and the hook can go."""
-    fused, plain = channels_last_step(False, monkeypatch)
+    monkeypatch.setattr(layer_decay, '_match_strides', lambda *_: None)
+    gradients = torch.channels_last if change is nothing else torch.contiguous_format
+    fused, plain = (steps_around(change, how, gradients) for how in (True, None))
     with pytest.raises(AssertionError, match='not close'):
         torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_what_was_in_order_is_not_looked_at_again(monkeypatch):
+    model, wrapper = stepped(True, 2)
+    looked = []
+    strides = layer_decay._strides
+    monkeypatch.setattr(layer_decay, '_strides', lambda x: looked.append(x) or strides(x))
+    give_gradients(model)
+    wrapper.step()
+    assert looked == []
+    wrapper.load_state_dict(wrapper.state_dict())
+    give_gradients(model)
+    wrapper.step()
+    assert len(looked) >= 2 * len(list(model.parameters()))
+
+
+def test_any_fused_optimizer_can_be_mended():
+    def stepped_by_sgd(mend):
+        torch.manual_seed(0)
+        model = nn.Conv2d(4, 4, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=mend is not None)
+        for _ in range(2 if mend else 0):
+            mend_fused(optimizer)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            model.to(memory_format=memory_format)
+            give_gradients(model)
+            optimizer.step()
+        return model.state_dict(), len(optimizer._optimizer_step_pre_hooks)
+
+    (mended, hooks), (left, none), (plain, _) = (stepped_by_sgd(mend) for mend in (True, False, None))
+    assert (hooks, none) == (1, 0)
+    torch.testing.assert_close(mended, plain)
+    with pytest.raises(AssertionError, match='not close'):
+        torch.testing.assert_close(left, plain)

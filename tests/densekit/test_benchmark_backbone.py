@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from backbones import ARCHS, ConvNeXt
+from backbones.folding import FoldedBlock
 from densekit.benchmark import chart, machine, peers, run
 from densekit.benchmark.backbone import BackboneCase, best_forms, step
 from densekit.benchmark.case import Candidate, Settings, measure_rows, parse_images, written
@@ -18,7 +19,8 @@ from densekit.benchmark.multiscale import sizes
 from densekit.benchmark.peaks import Peaks, measure
 from densekit.benchmark.plan import cases_of
 from densekit.benchmark.roofline import FORMS, Rates, depthwise_floor, floor
-from densekit.benchmark.table import TIERS, against_best, render
+from densekit.benchmark.steps import StepCase
+from densekit.benchmark.table import TIERS, against_best, render, round_by_round
 from densekit.benchmark.timing import Budget, interleaved
 from densekit.files import write_whole
 from densekit.report.complexity import count_multiply_adds
@@ -189,6 +191,17 @@ def test_who_is_compared():
     assert {'timm', 'timm conv_mlp', 'torchvision', 'transformers'} <= set(found)
     assert 'facebookresearch' in left_out['official']
     assert ('mmpretrain' in found) != ('mmpretrain' in left_out)
+
+
+def test_folded_is_for_inference():
+    assert peers.FOLDED not in BUILDERS and 'inference' in peers.builders(CPU)[1][peers.FOLDED]
+    found, left_out = peers.builders(CPU, training=False)
+    assert peers.FOLDED in found and peers.FOLDED not in left_out
+    model = found[peers.FOLDED]('atto', 0.1)
+    assert sum(isinstance(module, FoldedBlock) for module in model.modules()) == 12
+    case = BackboneCase('atto', (1, 32, 32), 'fp32', False, layouts=('nhwc',), peers=(peers.FOLDED, 'densekit'))
+    rows = case.measure(Settings(CPU, PEAKS, rounds=1, at_least=0.0))['rows']
+    assert [(row['who'], row.get('error')) for row in rows] == [('densekit', None), ('densekit folded', None)]
 
 
 def test_one_that_does_not_import_is_named(monkeypatch):
@@ -374,7 +387,7 @@ def test_writing_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
 def test_the_page(go):
     go(Made('a', ours=0.5, other=0.4))
     page = next(go.folder.glob('*.md')).read_text()
-    assert '| case a | densekit (nhwc, eager) | 500 | timm (nhwc, eager) | 400 | 0.80x | 0.50 |' in page
+    assert '| case a | densekit (nhwc, eager) | 500 | timm (nhwc, eager) | 400 | 0.80x | 0.80x | 0.50 |' in page
     assert '| densekit | nhwc | eager | 500 | 500 to 1500 | 8 | 0.50 | 9000 | 1.0 |' in page
     assert 'Failed: other (nchw, eager): out of memory.' in page
     assert torch.__version__.partition('+')[0] in page and '## Backbone' in page
@@ -386,6 +399,33 @@ def test_our_choices_count_as_ours():
     assert (ours['who'], other['who'], ratio) == ('densekit triton', 'timm', 2.0)
     assert against_best({'kind': 'depthwise', 'rows': rows}) is None
     assert against_best({'kind': 'backbone', 'rows': rows[:2]}) is None
+
+
+def test_ratios_round_by_round():
+    """A neighbour takes turns with one of the two; the medians alone would say that ours is as slow."""
+    ours, other = {'rounds': [1.0, 4.0, 4.0, 1.0, 4.0]}, {'rounds': [2.0, 4.0, 8.0, 2.0, 8.0]}
+    assert round_by_round(ours, other) == 2.0
+    assert round_by_round(other, ours) == 0.5
+    with pytest.raises(ValueError, match='zip'):
+        round_by_round(ours, {'rounds': [1.0]})
+
+
+@pytest.mark.parametrize(('device', 'kept'), [(CPU, True), (torch.device('cuda', 0), False)])
+def test_whole_steps_on_a_cpu_keep_freed_memory(device, kept, tmp_path, monkeypatch):
+    """As a run does; whatever else is measured does not."""
+    order, here = [], machine.describe(CPU)
+    monkeypatch.setattr(run, 'keep_freed_memory', lambda: order.append('kept'))
+    monkeypatch.setattr(run.machine, 'slug', lambda device: 'made')
+    monkeypatch.setattr(run.machine, 'name', lambda device: 'made')
+    monkeypatch.setattr(run.machine, 'describe', lambda device: here)
+    monkeypatch.setattr(run.peaks, 'measure', lambda device: PEAKS)
+    record = Made('a').measure(None)
+    monkeypatch.setattr(StepCase, 'measure', lambda case, settings: order.append('step') or record)
+    cases = [(1, Made('a')), (6, StepCase('a.py', (1, 32, 32)))]
+    run.run_cases(cases[:1], device=device, out=tmp_path, say=lambda line: None)
+    assert order == []
+    run.run_cases(cases, device=device, out=tmp_path, say=lambda line: None)
+    assert order == ['kept'] * kept + ['step']
 
 
 def test_a_page_of_nothing(tmp_path):

@@ -67,6 +67,7 @@ def test_fit(tool, tiny, quick_mmengine, capsys, monkeypatch):
         (('--backbone', 'tiny'), '--images is missing'),
         (('--backbone', 'tiny', '--images', '512'), 'give number, height and width'),
         (('--backbone', 'tiny', '--images', '1x32x32', '--peers', 'official'), 'facebookresearch'),
+        (('--backbone', 'tiny', '--images', '1x32x32', '--peers', 'densekit folded'), 'for inference only'),
         (('--backbone', 'tiny', '--images', '1x32x32', '--device', 'tpu'), '--device tpu'),
         (('--backbone', 'tiny', '--images', '1x32x32', '--out', '/proc/none'), '--out FOLDER'),
         (('--step', 'no_such.py', '--images', '1x32x32'), 'config no_such.py does not exist'),
