@@ -36,6 +36,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         '--shard', action='store_true', help='cut model and optimizer among the processes (FSDP2), for L, XL and H'
     )
     parser.add_argument(
+        '--compile',
+        action='store_true',
+        help='compile backbone, neck and dense heads; needs a C++ compiler (docs/speed.md)',
+    )
+    parser.add_argument(
         '--log',
         action='append',
         default=[],
@@ -69,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 dry_run=args.dry_run,
                 allow_changed=args.allow_changed,
                 shard=args.shard,
+                compile=args.compile,
                 log=args.log,
                 options=args.cfg_options,
             )

@@ -35,6 +35,7 @@ def train(
     dry_run: bool = False,
     allow_changed: Sequence[str] = (),
     shard: bool = False,
+    compile: bool = False,
     log: Sequence[str] = (),
     options: Sequence[str] = (),
 ) -> list[str]:
@@ -50,6 +51,7 @@ def train(
         dry_run: build and check all that training needs and show what it is; do not train.
         allow_changed: in what a resumed run may differ from what it was; see :data:`densekit.engine.contract.PARTS`.
         shard: cut model, gradients and optimizer among the processes (FSDP2), as ``sharding`` in the config says.
+        compile: compile parts of the model, as ``compile`` in the config says.
         log: where numbers go besides the work folder: 'tensorboard', 'wandb'.
         options: ``key=value`` texts that change the config.
 
@@ -78,6 +80,8 @@ def train(
             cfg.load_from, cfg.resume = resume, True
         if shard:
             cfg.setdefault('sharding', {})
+        if compile:
+            cfg.compile = cfg.get('compile') or True
         if allow_changed:
             cfg.allow_changed = list(allow_changed)
         runner = _build_runner(cfg)

@@ -30,6 +30,7 @@ from densekit.data.locate import check_dataset_files
 from densekit.engine import store
 from densekit.engine.checkpoint_hook import DensekitCheckpointHook
 from densekit.engine.class_transfer import ClassTransfer, check_class_order, dataset_classes, plan_transfer
+from densekit.engine.compiled import CompilePlan, carry_out, check_plan, read_plan
 from densekit.engine.consistency import check_channels, check_classes
 from densekit.engine.distributed import from_first, init_cpu_process_group
 from densekit.engine.guards import FiniteGuard, StopSignalHook
@@ -86,6 +87,7 @@ class DensekitRunner(Runner):
       is renamed, and training takes one of other classes by their names;
     - mistakes show in the order model, weights, data, before the first data set is built;
     - a learning rate made for another global batch is pointed out;
+    - ``compile`` compiles parts of the model, in training only (:mod:`densekit.engine.compiled`);
     - checkpoints are whole and checked, and a run goes on from them to the bit, from the middle of an epoch as well;
       other classes, schedule, number of processes and the like are an error (:mod:`densekit.engine.contract`);
     - it stops before it steps on numbers that are none, and, with a checkpoint, on SIGTERM
@@ -109,6 +111,7 @@ class DensekitRunner(Runner):
         self._weights_initialized = False
         self._classes: tuple[str, ...] | None = None  # to train on, where the weights may be of others
         self._to_resume: dict[str, Any] = {}  # what a checkpoint says of its run
+        self._compile_plan: CompilePlan | None = None
         super().__init__(*args, **kwargs)
         if self.distributed:
             self.register_hook(SameBuffersHook())
@@ -206,6 +209,7 @@ class DensekitRunner(Runner):
         """The first half of :meth:`prepare`: optimizer and weights."""
         check_channels(self.bare_model())
         if 'train' in loops:
+            self._check_compile()
             self._find_checkpoint()
         self._init_model_weights()
         if self.cfg.get('sharding') is not None and self.distributed and not is_sharded(self.bare_model()):
@@ -505,6 +509,17 @@ class DensekitRunner(Runner):
         if seed is not None and self._randomness_cfg.get('seed') is None:
             self._randomness_cfg['seed'] = seed
             self.set_randomness(**self._randomness_cfg)
+
+    def _check_compile(self) -> None:
+        """Reads ``compile`` of the config, and finds out whether this machine can do it."""
+        self._compile_plan = read_plan(self.cfg.get('compile'), self.bare_model())
+        if self._compile_plan is not None:
+            check_plan(self._compile_plan, self.cfg, self.bare_model(), processes=self.world_size)
+
+    def _maybe_compile(self, target: str) -> None:
+        # mmengine's compiles the whole of train_step, which detectors break at every turn.
+        if self._compile_plan is not None:
+            carry_out(self._compile_plan, self.bare_model())
 
     def _log_env(self, env_cfg: dict) -> None:
         self._env_cfg = env_cfg  # logged once all is built: pages of it would bury the message of a mistake
