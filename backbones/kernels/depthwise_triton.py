@@ -7,6 +7,15 @@ up to ``S * K`` multiply-adds from registers, because on current GPUs a depthwis
 instructions, not by memory. Heights, widths and batch sizes are run-time numbers: one compilation serves every image
 size. Sums have a fixed order: no atomics.
 
+The gradients are three kernels: LayerNorm's, the input's, the weights'. By the H200's data sheet (67 TFLOP/s, 4.8 TB/s)
+and with 0.7 of its multiply-adds and 0.85 of its memory's speed, the input's takes 2.5 ps an element (10 bytes with a
+float32 stream; 49 multiply-adds are 2.1 ps) and the weights' 2.1 ps (49 multiply-adds; 6 bytes are 1.5 ps). One kernel
+for both would read LayerNorm's gradient once and take the 4.2 ps of 98 multiply-adds, not 4.6. But a thread would hold
+49 weights, 50 gradients of weights and, for each column, 7 sums and 7 gradients: 155 numbers for 4 columns, beside the
+20 it loads for a row and the addresses. Two programs would fit on a multiprocessor instead of four, with about as many
+loads for a multiply-add as now. LayerNorm's gradient computed where it is read needs its two inputs there, and before
+that for the means over the channels: 4 + 4 + 4 bytes an element instead of 4 + 2 + 2 + 2.
+
 Names: R = K // 2. A "part" is what one program contributes to the gradient of the weights. Strips are counted through
 the images of the batch, so small feature maps fill the lanes too.
 """
@@ -20,11 +29,16 @@ from torch import Tensor
 
 from backbones.kernels.depthwise_plan import (
     CONVOLVE_RESIDENT,
+    CONVOLVE_RESIDENT_OLDER,
     CORRELATE_RESIDENT,
+    TOGETHER_RESIDENT,
     WARPS,
+    WIDEST,
     convolve_plan,
     correlate_plan,
     registers,
+    together_pays,
+    together_plan,
 )
 from backbones.kernels.dtypes import math_dtype
 from backbones.kernels.pointwise_triton import Launch, launch, launches, math_type, whole_rows
@@ -168,6 +182,55 @@ def _walk_down(
         _store_row(out, more, offset + (j - R) * step, columns, done, ready, C, W, S, INTERIOR, HAS_MORE)
 
 
+@triton.jit
+def _convolve_block(
+    x,
+    weight,
+    bias,
+    more,
+    out,
+    block,
+    first,
+    top,
+    bottom,
+    num,
+    H,
+    W,
+    strips,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    STRIPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    CHANNEL_STRIDE: tl.constexpr,
+    TAP_STRIDE: tl.constexpr,
+    FLIP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_MORE: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Convolves the rows ``top`` to ``bottom`` of STRIPS strips from ``first`` on, in a block of the channels."""
+    R: tl.constexpr = K // 2
+    channels = block * CHANNELS + tl.arange(0, CHANNELS)
+    known = channels < C
+    taps = _load_taps(weight, channels, known, K, LEVELS, CHANNEL_STRIDE, TAP_STRIDE, FLIP, DTYPE)
+    start = tl.zeros([STRIPS, CHANNELS], DTYPE)
+    if HAS_BIAS:
+        start += tl.load(bias + channels, mask=known, other=0.0).to(DTYPE)[None, :]
+
+    strip = first + tl.arange(0, STRIPS)
+    columns = ((strip % strips) * S)[:, None]
+    good = (strip < num * strips)[:, None] & known[None, :]
+    image = (strip // strips).to(tl.int64)[:, None] * H
+    offset = (image * W + columns) * C + channels[None, :]
+    full = (block + 1) * CHANNELS <= C
+    if full & _interior(first, strips, num, W, R, S, STRIPS):
+        _walk_down(x, more, out, offset, columns, full, taps, start, top, bottom, H, W, C, K, S, True, HAS_MORE, DTYPE)
+    else:
+        _walk_down(x, more, out, offset, columns, good, taps, start, top, bottom, H, W, C, K, S, False, HAS_MORE, DTYPE)
+
+
 @triton.jit(do_not_specialize=['num', 'H', 'W', 'strips', 'rows'])
 def convolve(
     x,
@@ -194,28 +257,95 @@ def convolve(
     DTYPE: tl.constexpr,
 ):
     """Writes the convolution of ``x`` (num, H, W, C), or with FLIP the gradient of its input; and adds ``more``."""
-    R: tl.constexpr = K // 2
     BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
     pid = tl.program_id(0)
-    channels = (pid % BLOCKS) * CHANNELS + tl.arange(0, CHANNELS)
-    known = channels < C
-    taps = _load_taps(weight, channels, known, K, LEVELS, CHANNEL_STRIDE, TAP_STRIDE, FLIP, DTYPE)
-    start = tl.zeros([STRIPS, CHANNELS], DTYPE)
-    if HAS_BIAS:
-        start += tl.load(bias + channels, mask=known, other=0.0).to(DTYPE)[None, :]
-
-    strip = (pid // BLOCKS) * STRIPS + tl.arange(0, STRIPS)
-    columns = ((strip % strips) * S)[:, None]
-    good = (strip < num * strips)[:, None] & known[None, :]
-    image = (strip // strips).to(tl.int64)[:, None] * H
-    offset = (image * W + columns) * C + channels[None, :]
     top = tl.program_id(1) * rows
     bottom = tl.minimum(top + rows, H)
-    full = (pid % BLOCKS + 1) * CHANNELS <= C
-    if full & _interior((pid // BLOCKS) * STRIPS, strips, num, W, R, S, STRIPS):
-        _walk_down(x, more, out, offset, columns, full, taps, start, top, bottom, H, W, C, K, S, True, HAS_MORE, DTYPE)
-    else:
-        _walk_down(x, more, out, offset, columns, good, taps, start, top, bottom, H, W, C, K, S, False, HAS_MORE, DTYPE)
+    _convolve_block(
+        *(x, weight, bias, more, out, pid % BLOCKS, pid // BLOCKS * STRIPS, top, bottom, num, H, W, strips),
+        *(C, K, S, STRIPS, CHANNELS, LEVELS, CHANNEL_STRIDE, TAP_STRIDE, FLIP, HAS_BIAS, HAS_MORE, DTYPE),
+    )
+
+
+@triton.jit
+def _normalize_pixels(
+    out,
+    rstd,
+    eps,
+    first,
+    top,
+    bottom,
+    num,
+    H,
+    W,
+    strips,
+    C: tl.constexpr,
+    S: tl.constexpr,
+    STRIPS: tl.constexpr,
+    R: tl.constexpr,
+    B: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """LayerNorm in place of the pixels of STRIPS strips, summed in the order of pointwise_triton's kernel."""
+    WIDTH: tl.constexpr = STRIPS * S
+    col = tl.arange(0, B)
+    pixels = (bottom - top) * WIDTH
+    done = 0
+    while done < pixels:
+        pixel = done + tl.arange(0, R)
+        strip = first + pixel % WIDTH // S
+        column = strip % strips * S + pixel % S
+        good = (pixel < pixels) & (strip < num * strips) & (column < W)
+        row = ((strip // strips).to(tl.int64) * H + (top + pixel // WIDTH)) * W + column
+        at = row[:, None] * C + col[None, :]
+        mask = good[:, None] & (col[None, :] < C)
+        value = tl.load(out + at, mask=mask, other=0.0).to(DTYPE)
+        mean = tl.sum(value, axis=1) / C
+        centred = tl.where(mask, value - mean[:, None], 0.0)
+        scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps)
+        tl.store(out + at, (centred * scale[:, None]).to(out.dtype.element_ty), mask=mask)
+        tl.store(rstd + row, scale, mask=good)
+        done += R
+
+
+@triton.jit(do_not_specialize=['num', 'H', 'W', 'strips', 'rows'])
+def convolve_normalize(
+    x,
+    weight,
+    bias,
+    out,
+    rstd,
+    num,
+    H,
+    W,
+    strips,
+    rows,
+    eps,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    STRIPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    CHANNEL_STRIDE: tl.constexpr,
+    TAP_STRIDE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    R: tl.constexpr,
+    B: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Writes the convolution of ``x`` (num, H, W, C) after LayerNorm over the channels, and 1 / standard deviation."""
+    BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+    first = tl.program_id(0) * STRIPS
+    top = tl.program_id(1) * rows
+    bottom = tl.minimum(top + rows, H)
+    for block in range(BLOCKS):
+        _convolve_block(
+            *(x, weight, bias, None, out, block, first, top, bottom, num, H, W, strips),
+            *(C, K, S, STRIPS, CHANNELS, LEVELS, CHANNEL_STRIDE, TAP_STRIDE, False, HAS_BIAS, False, DTYPE),
+        )
+    tl.debug_barrier()  # other threads wrote what this one reads next
+    _normalize_pixels(out, rstd, eps, first, top, bottom, num, H, W, strips, C, S, STRIPS, R, B, DTYPE)
 
 
 @triton.jit
@@ -376,15 +506,32 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) 
 
 
 def forward_and_normalize(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    together: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The convolution's LayerNorm without affine ``(N, H, W, C)``, and 1 / standard deviation ``(N, H, W)``.
 
-    Two kernels, the second of which writes over the result of the first. Small maps it finds in the cache; a map larger
-    than that it reads from memory again.
+    Args:
+        x: ``(N, C, H, W)``, channels last.
+        weight: ``(C, 1, K, K)``.
+        bias: ``(C,)``.
+        eps: added to the variance.
+        dtype: of the result, and of the convolution's before it is normalized.
+        together: in one kernel, or in two of which the second writes over the result of the first; the same bits. By
+            default :func:`backbones.kernels.depthwise_plan.together_pays` decides.
     """
+    num, channels, height, width = x.shape
+    if together is None:
+        size = num, channels, height, width, weight.shape[-1], processors(x.device)
+        together = together_pays(*size, cache_size(x.device), x.dtype.itemsize, dtype.itemsize)
+    if together:
+        return _convolve_normalize(x, weight, bias, eps, dtype)
     out = forward(x, weight, bias, dtype).permute(0, 2, 3, 1)
-    channels, rows = out.shape[-1], out.shape[:-1].numel()
+    rows = out.shape[:-1].numel()
     rstd = torch.empty(out.shape[:-1], dtype=math_dtype(out), device=x.device)
     options = whole_rows(channels)
     grid = (triton.cdiv(rows, options['R']),)
@@ -437,6 +584,7 @@ def _convolve(
         return out
     size = weight.shape[-1]
     plan = convolve_plan(num, channels, height, width, size, processors(x.device))
+    resident = CONVOLVE_RESIDENT if capability(x.device) >= (9, 0) else CONVOLVE_RESIDENT_OLDER
     launch(
         convolve,
         (plan.blocks * plan.groups, plan.segments),
@@ -444,9 +592,33 @@ def _convolve(
         **dict(C=channels, K=size, S=plan.columns, STRIPS=plan.strips, CHANNELS=plan.channels),
         **dict(CHANNEL_STRIDE=weight.stride(0), TAP_STRIDE=weight.stride(3), FLIP=flip, HAS_BIAS=bias is not None),
         **dict(LEVELS=(size * size).bit_length(), HAS_MORE=more is not None, DTYPE=math_type(x)),
-        **dict(num_warps=WARPS, maxnreg=registers(CONVOLVE_RESIDENT[size])),
+        **dict(num_warps=WARPS, maxnreg=registers(resident[size])),
     )
     return out
+
+
+def _convolve_normalize(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    num, channels, height, width = x.shape
+    out = torch.empty(num, height, width, channels, dtype=dtype, device=x.device)
+    rstd = torch.empty(num, height, width, dtype=math_dtype(out), device=x.device)
+    if x.numel() == 0:
+        return out, rstd
+    size = weight.shape[-1]
+    itemsize = x.dtype.itemsize + dtype.itemsize
+    plan = together_plan(num, channels, height, width, size, processors(x.device), cache_size(x.device), itemsize)
+    tile = whole_rows(channels)
+    launch(
+        convolve_normalize,
+        (plan.groups, plan.segments),
+        *(x, weight, bias, out, rstd, num, height, width, plan.per_row, plan.rows, eps),
+        **dict(C=channels, K=size, S=plan.columns, STRIPS=plan.strips, CHANNELS=plan.channels),
+        **dict(CHANNEL_STRIDE=weight.stride(0), TAP_STRIDE=weight.stride(3), HAS_BIAS=bias is not None),
+        **dict(LEVELS=(size * size).bit_length(), R=tile['R'], B=tile['B'], DTYPE=math_type(x)),
+        **dict(num_warps=WARPS, maxnreg=registers(TOGETHER_RESIDENT[size])),
+    )
+    return out, rstd
 
 
 @functools.cache
@@ -455,16 +627,44 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 1
 
 
-def configurations(channels: int, size: int, dtype: torch.dtype) -> list[Launch]:
-    """The launches for so many channels and a filter of ``size`` squared, to be compiled where there is no device."""
+@functools.cache
+def cache_size(device: torch.device) -> int:
+    """Bytes of a device's second-level cache; that of an H200 where there is none."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == 'cuda' else 50 * 2**20
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a device; where there is none, what :func:`configurations` is asked for."""
+    return _capability(device) if device.type == 'cuda' else _target
+
+
+_capability = functools.cache(torch.cuda.get_device_capability)
+_target = (9, 0)
+
+
+def configurations(channels: int, size: int, dtype: torch.dtype, target: tuple[int, int] = (9, 0)) -> list[Launch]:
+    """The launches for so many channels and a filter of ``size`` squared, to be compiled where there is no device.
+
+    Args:
+        channels: of the map.
+        size: of the filter.
+        dtype: of the convolution's result.
+        target: the compute capability to compile for.
+    """
+    global _target
 
     def call() -> None:
         x = torch.empty(1, channels, 8, 8, dtype=dtype, device='meta', memory_format=torch.channels_last)
         weight = torch.empty(channels, 1, size, size, device='meta')
         for stream in (x, x.float()):  # without autocast, and with it
-            forward_and_normalize(stream, weight, weight[:, 0, 0, 0], 1e-6, dtype)
+            for together in (False, True) if channels <= WIDEST else (False,):
+                forward_and_normalize(stream, weight, weight[:, 0, 0, 0], 1e-6, dtype, together)
             input_gradient(x, weight, stream.dtype)
             input_gradient(x, weight, stream.dtype, stream)
             weight_gradient(stream, x, weight, bias=True)
 
-    return launches(call)
+    _target = target
+    try:
+        return launches(call)
+    finally:
+        _target = (9, 0)

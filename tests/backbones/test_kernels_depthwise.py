@@ -1,10 +1,11 @@
+import functools
 import itertools
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_helpers import SHAPES, TOLERANCE, check, noise, results
+from kernel_helpers import SHAPES, TOLERANCE, check, noise, poisoned_memory, results
 from torch.utils.checkpoint import checkpoint
 
 from backbones.kernels import depthwise, depthwise_plan
@@ -17,7 +18,7 @@ def narrow(device, monkeypatch):
     if device == 'cpu':
         for table in (depthwise_plan.CONVOLVE_COLUMNS, depthwise_plan.CORRELATE_COLUMNS):
             monkeypatch.setitem(table, 3, 2)
-        plans = depthwise_plan.convolve_plan, depthwise_plan.correlate_plan
+        plans = depthwise_plan.convolve_plan, depthwise_plan.correlate_plan, depthwise_plan.together_plan
         [plan.cache_clear() for plan in plans]
         yield
         [plan.cache_clear() for plan in plans]
@@ -43,6 +44,23 @@ def norm_reference(x, weight, bias=None):
 
 def norm(x, weight, bias=None):
     return depthwise_norm(x, weight, bias, 1e-6)
+
+
+def in_two_forms(x, weight, bias, dtype):
+    """Normalized map and 1 / standard deviation, from two kernels and from one, in memory that is not theirs alone."""
+    from backbones.kernels import depthwise_triton
+
+    def run(together):
+        with poisoned_memory():
+            return depthwise_triton.forward_and_normalize(x, weight, bias, 1e-6, dtype, together=together)
+
+    return run(False), run(True)
+
+
+def assert_same_bits(two, one):
+    for a, b in zip(two, one, strict=True):
+        assert a.dtype == b.dtype and a.stride() == b.stride()
+        assert torch.equal(a, b), f'{(a != b).sum()} of {a.numel()} differ'
 
 
 @pytest.mark.parametrize('shape', [*SHAPES[:4], (2, 13, 1, 20), (1, 2, 18, 72)])
@@ -73,6 +91,65 @@ def test_other_filters_at_random_shapes(size, device):
 @pytest.mark.usefixtures('narrow')
 def test_convolution_and_norm(shape, dtype, device):
     check(norm, norm_reference, *tensors(*shape, size=3, dtype=dtype, device=device), tolerance=4 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize('shape', [*SHAPES[:4], (5, 3, 2, 8), (1, 9, 4, 20), (1, 3, 26, 96), (1, 2, 3, 136)])
+@pytest.mark.usefixtures('narrow')
+def test_one_kernel_gives_the_bits_of_two(shape, device):
+    """Several images in a group of strips, strips beyond the last, segments of rows, tails and blocks of channels."""
+    for dtype in (torch.float32, torch.float16):
+        assert_same_bits(*in_two_forms(*tensors(*shape, size=3, device=device), dtype))
+
+
+@pytest.mark.parametrize('shape', [(1, 2, 9, 8), (2, 8, 3, 8), (1, 1, 1, 72)])
+def test_one_kernel_of_seven_by_seven(shape, device):
+    x, weight, _ = tensors(*shape, dtype=torch.bfloat16, device=device)
+    assert_same_bits(*in_two_forms(x, weight, None, torch.bfloat16))
+
+
+@pytest.mark.usefixtures('narrow')
+def test_one_kernel_again_gives_the_same_bits(device):
+    arguments = *tensors(2, 4, 5, 40, size=3, device=device), torch.float16
+    assert_same_bits(in_two_forms(*arguments)[1], in_two_forms(*arguments)[1])
+
+
+@pytest.mark.parametrize('short', ['strips', 'rows', 'channels'])
+@pytest.mark.usefixtures('narrow')
+def test_a_pixel_or_channel_left_out_is_seen(short, device, monkeypatch):
+    """That the tests above would notice it: the last program does not run, or the last channels stay as they are."""
+    from backbones.kernels import depthwise_triton
+
+    def run(kernel, grid, *args, **options):
+        if kernel is depthwise_triton.convolve_normalize:
+            if short == 'channels':
+                options['B'] //= 2
+            grid = grid[0] - (short == 'strips'), grid[1] - (short == 'rows')
+            assert 0 not in grid
+        launch(kernel, grid, *args, **options)
+
+    launch = depthwise_triton.launch
+    monkeypatch.setattr(depthwise_triton, 'launch', run)
+    two, one = in_two_forms(*tensors(1, 12, 20, 40, size=3, device=device), torch.float32)
+    with pytest.raises(AssertionError, match='differ'):
+        assert_same_bits(two, one)
+
+
+@pytest.mark.parametrize('together', [False, True])
+@pytest.mark.usefixtures('narrow')
+def test_the_plan_chooses_between_one_kernel_and_two(together, device, monkeypatch):
+    from backbones.kernels import depthwise_triton as kernels
+
+    def count(kernel, *args, **options):
+        ran.append(kernel.__name__)
+        launch(kernel, *args, **options)
+
+    ran, asked, launch = [], [], kernels.launch
+    monkeypatch.setattr(kernels, 'launch', count)
+    monkeypatch.setattr(kernels, 'together_pays', lambda *args: asked.append(args) or together)
+    x, weight, bias = tensors(2, 3, 4, 8, size=3, device=device)
+    kernels.forward_and_normalize(x, weight, bias, 1e-6, torch.float16)
+    assert ran == (['convolve_normalize'] if together else ['convolve', '_normalize_kernel'])
+    assert asked == [(2, 8, 3, 4, 3, kernels.processors(x.device), kernels.cache_size(x.device), 4, 2)]
 
 
 @pytest.mark.usefixtures('narrow')
@@ -266,21 +343,64 @@ def test_a_plan_covers_everything_once():
             rng.randint(1, 400),
         )
         size, processors = rng.choice(depthwise.SIZES), rng.choice((1, 2, 66, 132))
-        for make in (depthwise_plan.convolve_plan, depthwise_plan.correlate_plan):
+        together = functools.partial(depthwise_plan.together_plan, cache=rng.choice((2**10, 2**22, 2**26)), itemsize=6)
+        makes = (depthwise_plan.convolve_plan, depthwise_plan.correlate_plan, together)
+        for make in makes if channels <= depthwise_plan.WIDEST else makes[:2]:
             plan = make(num, channels, height, width, size, processors)
             assert plan.channels * plan.strips == depthwise_plan.THREADS
             assert (plan.blocks - 1) * plan.channels < channels <= plan.blocks * plan.channels
             assert (plan.per_row - 1) * plan.columns < width <= plan.per_row * plan.columns
             assert (plan.groups - 1) * plan.strips < num * plan.per_row <= plan.groups * plan.strips
             assert (plan.segments - 1) * plan.rows < height <= plan.segments * plan.rows
+        plan = depthwise_plan.correlate_plan(num, channels, height, width, size, processors)
         assert 1 <= plan.parts <= plan.groups * plan.segments
         assert plan.parts == 1 or plan.parts * plan.blocks <= processors * depthwise_plan.CORRELATE_RESIDENT[size]
+
+
+H200 = 132, 50 * 2**20
+"""Multiprocessors, and bytes of the second-level cache."""
+
+
+@pytest.mark.parametrize(
+    ('map_size', 'read', 'pays'),
+    [
+        ((2, 128, 200, 334), 2, True),  # too large for the cache, and a program has but 6 columns
+        ((2, 128, 200, 334), 4, True),
+        ((1, 64, 56, 56), 4, False),  # the cache holds the map
+        ((8, 96, 200, 334), 4, False),  # the programs that run at a time have more than the cache holds, or few rows
+        ((16, 384, 50, 84), 2, False),
+        ((64, 768, 25, 42), 2, False),
+        ((64, 2816, 32, 32), 2, False),  # a pixel is wider than a tile
+    ],
+)
+def test_one_kernel_only_where_its_results_stay_in_the_cache(map_size, read, pays):
+    assert depthwise_plan.together_pays(*map_size, 7, *H200, read, 2) is pays
+
+
+def test_one_kernel_never_beside_a_large_enough_or_without_a_cache():
+    maps = [(n, c, h, w) for n in (1, 8) for c in (40, 64, 96, 128) for h, w in ((31, 17), (200, 334))]
+    for num, channels, height, width in maps:
+        large = num * channels * height * width * 6
+        for cache in (large, 2**10):
+            assert not depthwise_plan.together_pays(num, channels, height, width, 7, 132, cache, 4, 2)
+
+
+def test_what_runs_at_a_time_stays_in_the_cache():
+    met = 0
+    for num, channels, height, width in itertools.product((2, 8, 16), (40, 64, 128, 256), (128, 200), (128, 334)):
+        if depthwise_plan.together_pays(num, channels, height, width, 7, *H200, 2, 2):
+            plan = depthwise_plan.together_plan(num, channels, height, width, 7, *H200, 4)
+            at_a_time = min(plan.groups * plan.segments, 3 * H200[0])
+            assert at_a_time * plan.rows * plan.strips * plan.columns * channels * 4 <= H200[1]
+            met += 1
+    assert met > 2
 
 
 def test_every_width_of_a_strip_is_met_by_the_kernel():
     """What is compiled depends on the filter and the number of channels, not on the size of the image."""
     for size, channels in itertools.product(depthwise.SIZES, (40, 96)):
-        for make in (depthwise_plan.convolve_plan, depthwise_plan.correlate_plan):
+        together = functools.partial(depthwise_plan.together_plan, cache=50 * 2**20, itemsize=6)
+        for make in (depthwise_plan.convolve_plan, depthwise_plan.correlate_plan, together):
             plans = [make(n, channels, h, w, size, 132) for n in (1, 16) for h, w in ((1, 1), (200, 333), (31, 17))]
             assert len({(plan.columns, plan.channels, plan.strips) for plan in plans}) == 1
 
