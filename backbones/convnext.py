@@ -17,7 +17,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ ARCHS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     'xxlarge': ((3, 4, 30, 3), (384, 768, 1536, 3072)),  # OpenCLIP
 }
 
-ACTIVATIONS = {'GELU': nn.GELU, 'ReLU': nn.ReLU, 'SiLU': nn.SiLU, 'Hardswish': nn.Hardswish}
+ACTIVATIONS: dict[str, type[nn.Module]] = {'GELU': nn.GELU, 'ReLU': nn.ReLU, 'SiLU': nn.SiLU, 'Hardswish': nn.Hardswish}
 
 NUM_STAGES = 4
 
@@ -156,7 +156,9 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(N, C, H, W)`` to ``(N, C, H, W)``."""
         if self._runs_on_triton(x):
-            parts = (self.dwconv, self.norm, self.pwconv1, self.grn, self.pwconv2, self.gamma, self.drop_path)
+            layers: dict[str, Any] = self._modules
+            dwconv, norm, pwconv1, pwconv2 = (layers[name] for name in ('dwconv', 'norm', 'pwconv1', 'pwconv2'))
+            parts = (dwconv, norm, pwconv1, layers.get('grn'), pwconv2, self.gamma, layers['drop_path'])
             return triton_block.convnext_block(x, *parts, recompute=self.with_cp)
         if self.with_cp and torch.is_grad_enabled():
             # Reentrant checkpointing gives parameters no gradient where the input needs none, as behind a frozen stem.
@@ -184,26 +186,27 @@ class ConvNeXtBlock(nn.Module):
         return triton_block.supports(self.kernels, self.dwconv, self.act)
 
     def _altered(self) -> str | None:
-        """What is no longer as it was built and so is to run, such as an adapter or a hook, in words."""
-        built: list[tuple[str, nn.Module | None, tuple[type[nn.Module], ...]]] = [
-            ('dwconv', self.dwconv, (DepthwiseConv2d,)),
-            ('norm', self.norm, (nn.LayerNorm,)),
-            ('pwconv1', self.pwconv1, (Linear,)),
-            ('act', self.act, tuple(ACTIVATIONS.values())),
-            ('grn', self.grn, (GRN,)),
-            ('pwconv2', self.pwconv2, (Linear,)),
-            ('drop_path', self.drop_path, (DropPath, nn.Identity)),
-        ]
-        for name, layer, kinds in built:
+        """What is no longer as it was built and so is to run, such as an adapter or a hook, in words.
+
+        Every block asks at every step, so this reads dictionaries, where attributes of modules take several times as
+        long, and remembers nothing, so that nothing is missed.
+        """
+        for name, forwards in _AS_BUILT.items():
+            layer = self._modules.get(name)
             if layer is None:  # no GRN
                 continue
-            if not _computes_as(layer, *kinds):
+            own = vars(layer)
+            if type(layer).forward not in forwards or 'forward' in own:
                 return f'{name} was replaced'
-            if _has_hooks(layer):
+            if _has_own_hooks(own):
                 return f'{name} has a hook'
-            if any(parameter is None for parameter in layer._parameters.values()):
-                return f'{name} lacks its weight or bias'
-        return None if getattr(self.drop_path, 'scale_by_keep', True) else 'drop_path has scale_by_keep=False'
+            for parameter in own['_parameters'].values():
+                if parameter is None:
+                    return f'{name} lacks its weight or bias'
+        if nn.modules.module._has_any_global_hook():
+            return 'every module has a hook'
+        drop_path: Any = self._modules['drop_path']
+        return None if getattr(drop_path, 'scale_by_keep', True) else 'drop_path has scale_by_keep=False'
 
     def _drops_paths(self) -> bool:
         """Whether nothing else stands in the place of drop path, and nothing looks at it."""
@@ -244,14 +247,31 @@ class ConvNeXtBlock(nn.Module):
         )
 
 
+# For each layer of a block, the forward functions in whose place the kernels compute.
+_AS_BUILT: dict[str, tuple[Callable[..., Tensor], ...]] = {
+    'dwconv': (DepthwiseConv2d.forward,),
+    'norm': (nn.LayerNorm.forward,),
+    'pwconv1': (Linear.forward,),
+    'act': tuple(act.forward for act in ACTIVATIONS.values()),
+    'grn': (GRN.forward,),
+    'pwconv2': (Linear.forward,),
+    'drop_path': (DropPath.forward, nn.Identity.forward),
+}
+
+
 def _computes_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether the module computes what one of these does: neither a subclass nor the object has its own forward."""
     return any(type(module).forward is kind.forward for kind in kinds) and 'forward' not in vars(module)
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or nn.modules.module._has_any_global_hook()
+    return _has_own_hooks(vars(module)) or nn.modules.module._has_any_global_hook()
+
+
+def _has_own_hooks(own: Mapping[str, Any]) -> bool:
+    """Of a module's ``vars``."""
+    hooks = own['_forward_hooks'] or own['_forward_pre_hooks'] or own['_backward_hooks'] or own['_backward_pre_hooks']
+    return bool(hooks)
 
 
 class SameConv2d(nn.Conv2d):

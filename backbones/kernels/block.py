@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from backbones.kernels import choice, mlp
 from backbones.kernels.depthwise import SIZES
 from backbones.kernels.dtypes import math_dtype, product_dtype
+from backbones.kernels.pointwise import whole
 from backbones.layers import GRN
 
 
@@ -112,9 +113,10 @@ def convnext_block(
     factor = _drop_factor(drop_path, x, branch_dtype)
     autocast = x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
     inputs = (
-        *(x, dwconv.weight, dwconv.bias, norm.weight, norm.bias, pwconv1.weight, pwconv1.bias),
-        *((None, None) if grn is None else (grn.gamma.view(-1), grn.beta.view(-1))),
-        *(pwconv2.weight, pwconv2.bias, gamma, factor),
+        *(x, dwconv.weight, whole(dwconv.bias), whole(norm.weight), whole(norm.bias)),
+        *(pwconv1.weight, whole(pwconv1.bias)),
+        *((None, None) if grn is None else (whole(grn.gamma.view(-1)), whole(grn.beta.view(-1)))),
+        *(pwconv2.weight, whole(pwconv2.bias), whole(gamma), factor),
         *(norm.eps, 0.0 if grn is None else grn.eps, dtype, math_dtype(x) if autocast else x.dtype),
         not recompute and torch.is_grad_enabled(),
     )

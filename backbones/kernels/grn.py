@@ -35,8 +35,8 @@ def _grn(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, T
     from backbones.kernels import grn_triton
 
     x_images = _images(x)
-    energy, scale = grn_triton.energy_and_scale(x_images, weight, eps, gelu=False)
-    return grn_triton.apply(x_images, scale, bias, gelu=False).view(x.shape), energy
+    energy, scale = grn_triton.energy_and_scale(x_images, weight.contiguous(), eps, gelu=False)
+    return grn_triton.apply(x_images, scale, bias.contiguous(), gelu=False).view(x.shape), energy
 
 
 @_grn.register_fake
@@ -48,7 +48,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tens
 def _grn_backward(grad: Tensor, x: Tensor, energy: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     from backbones.kernels import grn_triton
 
-    dx, d_weight, d_bias = grn_triton.backward(_images(x), _images(grad), energy, weight, eps)
+    dx, d_weight, d_bias = grn_triton.backward(_images(x), _images(grad), energy, weight.contiguous(), eps)
     return dx.view(x.shape), d_weight, d_bias
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from backbones.kernels.dtypes import math_dtype
+from backbones.kernels.pointwise import whole
 
 # GELU inside the matrix products: (name of the device, channels) for which benchmarks/gpu_block.py shows it to be
 # faster than cuBLAS and a pass of GELU, forward and backward. Empty until measured.
@@ -124,7 +125,7 @@ def _mlp(
     eps: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, h, energy = forward(x, w1, b1, w2, grn_weight, grn_bias, eps)
+    y, h, energy = forward(x, w1, b1, w2, whole(grn_weight), whole(grn_bias), eps)
     return y, h if keep else h.new_empty(0), energy
 
 
@@ -158,7 +159,7 @@ def _mlp_backward(
     energy: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return backward(grad, x, w1, b1, w2, grn_weight, grn_bias, h, energy, eps)
+    return backward(grad, x, w1, b1, w2, whole(grn_weight), whole(grn_bias), h, energy, eps)
 
 
 @_mlp_backward.register_fake

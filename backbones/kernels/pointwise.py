@@ -69,6 +69,11 @@ def _matrix(x: Tensor) -> Tensor:
     return x.contiguous().view(-1, x.shape[-1])
 
 
+def whole(vector: Tensor | None) -> Tensor | None:
+    """Numbers that follow one another in memory, as the kernels read them."""
+    return None if vector is None else vector.contiguous()
+
+
 @torch.library.custom_op('densekit::normalize', mutates_args=())
 def _normalize(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     from backbones.kernels import pointwise_triton
@@ -144,8 +149,8 @@ def _add_branch(
 ) -> Tensor:
     from backbones.kernels import pointwise_triton
 
-    pixels = x.shape[1] * x.shape[2]
-    return pointwise_triton.residual(_matrix(x), _matrix(y), bias, scale, factor, pixels, dtype).view(x.shape)
+    pixels, vectors = x.shape[1] * x.shape[2], (bias.contiguous(), whole(scale), whole(factor))
+    return pointwise_triton.residual(_matrix(x), _matrix(y), *vectors, pixels, dtype).view(x.shape)
 
 
 @_add_branch.register_fake
@@ -159,9 +164,9 @@ def _add_branch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from backbones.kernels import pointwise_triton
 
-    pixels = grad.shape[1] * grad.shape[2]
+    pixels, vectors = grad.shape[1] * grad.shape[2], (bias.contiguous(), whole(scale), whole(factor))
     y = None if y is None else _matrix(y)
-    dy, d_bias, d_scale = pointwise_triton.residual_backward(_matrix(grad), y, bias, scale, factor, pixels, dtype)
+    dy, d_bias, d_scale = pointwise_triton.residual_backward(_matrix(grad), y, *vectors, pixels, dtype)
     return dy.view(grad.shape), d_bias, d_bias.new_empty(0) if d_scale is None else d_scale
 
 

@@ -118,6 +118,31 @@ def test_drop_path_under_autocast_draws_as_eager_does(device, torch_depthwise):
     assert torch.equal((eager == x).flatten(1).all(1), (ours == x).flatten(1).all(1))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='float64 is for the interpreter')
+@pytest.mark.parametrize(('use_grn', 'recompute'), [(False, False), (True, True)])
+def test_gradients_by_finite_differences(use_grn, recompute):
+    """Of the stream and of all parameters, in the kernels of every part."""
+    block = build(3, use_grn=use_grn, kernels='triton').double()
+    block.with_cp = recompute
+    names, parameters = zip(*block.named_parameters(), strict=True)
+    run = lambda x, *given: torch.func.functional_call(block, dict(zip(names, given, strict=True)), (x,))  # noqa: E731
+    x = noise(2, 3, 1, 3, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
+
+
+def test_parameters_may_lie_apart_in_memory(device, torch_depthwise):
+    """As columns of a larger tensor; what lies between them is NaN."""
+    block = build(use_grn=True, layer_scale=0.5).to(device)
+    x = noise(1, 16, 3, 2, device=device)
+    wanted = step(fused(block), block, x)
+    for module in block.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            wide = torch.stack([parameter.detach(), torch.full_like(parameter, torch.nan)], -1)
+            setattr(module, name, nn.Parameter(wide[..., 0]))
+    assert not block.norm.bias.is_contiguous()
+    assert_close(step(fused(block), block, x), wanted, 1e-6)
+
+
 @pytest.mark.parametrize('use_grn', [False, True])
 def test_recomputing_gives_the_same_bits(use_grn, device, torch_depthwise):
     block = build(use_grn=use_grn).to(device)
@@ -353,6 +378,21 @@ def test_training_is_the_same(options, device, torch_depthwise):
     eager.load_state_dict(ours.state_dict())
 
 
+def test_a_gradient_that_is_a_little_off_is_seen(device, torch_depthwise, monkeypatch):
+    from backbones.kernels import pointwise_triton
+
+    def off(h, grad, **options):
+        out, dh, sums = gelu_backward(h, grad, **options)
+        return out, 1.02 * dh, 1.02 * sums
+
+    gelu_backward = pointwise_triton.gelu_backward
+    monkeypatch.setattr(pointwise_triton, 'gelu_backward', off)
+    eager, ours = (model.to(device).train() for model in pair())
+    x = noise(3, 3, 32, 36, device=device)
+    with pytest.raises(AssertionError, match='differs by'):
+        assert_close(train(ours, x, 3), train(eager, x, 3), 1e-4)
+
+
 def test_training_under_autocast_is_close(device, torch_depthwise):
     eager, ours = (model.to(device).train() for model in pair())
     reference = pair()[0].to(device).train()
@@ -462,6 +502,17 @@ ALTERATIONS = {
     'norm has a hook': lambda block: block.norm.register_forward_hook(lambda module, inputs, out: 2 * out) and None,
     'drop_path has scale_by_keep=False': unscaled,
 }
+
+
+def test_a_hook_on_all_modules_sees_the_layers(ran, device, torch_depthwise, caplog):
+    block = build(kernels='triton').to(device)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+    try:
+        block(noise(1, 16, 2, 2, device=device))
+    finally:
+        handle.remove()
+    assert nn.LayerNorm in seen and ran == [] and 'every module has a hook' in caplog.text
 
 
 @pytest.mark.parametrize('words', ALTERATIONS)
