@@ -22,6 +22,8 @@ from densekit.engine.checkpoint_hook import DensekitCheckpointHook
 # Under float16, steps in a row that the loss scaler may skip: it halves its scale each time, from 65536 at first.
 MOST_SKIPPED = 50
 
+_NORM = 'norm of the gradients'  # a name that no loss has
+
 # Seconds within which a second SIGTERM is the same one: SLURM sends it to torchrun and to its processes, and torchrun
 # sends it to them once more.
 SAME_SIGNAL = 2.0
@@ -49,6 +51,8 @@ class FiniteGuard(Hook):
         self._batches: deque[tuple[dict[str, Any], list[str]]] = deque(maxlen=1)
         self._handles: list[Any] = []
         self._to_log: dict[str, Any] = {}
+        self._norm: tuple[Any, Tensor] | None = None  # of clipped gradients, and the wrapper that clipped
+        self._clips: list[Any] = []
         self._runner: Any = None
         self._without_step = 0  # batches
         self.told_to_stop = False  # this process
@@ -61,6 +65,9 @@ class FiniteGuard(Hook):
         model = runner.bare_model()
         if parse := getattr(model, 'parse_losses', None):
             model.parse_losses = functools.partial(self._parse_losses, parse)
+        self._clips = [wrapper for wrapper in _wrappers(runner.optim_wrapper) if hasattr(wrapper, 'clip_func')]
+        for wrapper in self._clips:
+            wrapper.clip_func = functools.partial(self._clip, wrapper, wrapper.clip_func)
         self._handles = [model.register_forward_hook(self._keep_losses)]
         self._handles += [
             optimizer.register_step_pre_hook(self._before_step) for optimizer in _optimizers(runner.optim_wrapper)
@@ -72,6 +79,8 @@ class FiniteGuard(Hook):
             handle.remove()
         if self._handles:
             vars(self._runner.bare_model()).pop('parse_losses', None)
+            for wrapper in self._clips:
+                wrapper.clip_func = wrapper.clip_func.args[1]
         self._handles = []
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
@@ -81,6 +90,8 @@ class FiniteGuard(Hook):
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Ends a run whose steps are all skipped."""
         self._without_step += 1
+        if self._norm is not None:  # of a step that the loss scaler skipped
+            self._write_norm(self._norm[1])
         wrapper = runner.optim_wrapper
         scaled = hasattr(wrapper, 'loss_scaler')
         if self._batches.maxlen == 1 or wrapper.should_update():
@@ -100,6 +111,17 @@ class FiniteGuard(Hook):
         total, self._to_log = parse(losses)
         return total, self._to_log
 
+    def _clip(self, wrapper: Any, clip: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Clips gradients; mmengine would wait for their norm right away to write it down."""
+        norm = clip(*args, **kwargs)
+        if norm is not None:
+            self._norm = wrapper, norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
+
+    def _write_norm(self, norm: Tensor | None) -> None:
+        if norm is not None and self._norm is not None:
+            wrapper, self._norm = self._norm[0], None
+            wrapper.message_hub.update_scalar(f'train/{wrapper.grad_name}', float(norm))
+
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         device = next(p.device for group in optimizer.param_groups for p in group['params'])
         # A fused optimizer is called for a step that the loss scaler skips, and does the skipping itself.
@@ -109,7 +131,10 @@ class FiniteGuard(Hook):
             _losses_nonfinite(self._batches, device),
             False if skips is None else skips != 0,
         ]
+        if self._norm is not None:
+            self._to_log[_NORM] = self._norm[1]
         suspect, lost, skipped, stop = agree([*flags, self.told_to_stop], device, self._to_log)
+        self._write_norm(self._to_log.pop(_NORM, None))
         self.stopping = self.stopping or stop
         if skipped:
             return
@@ -249,9 +274,12 @@ def agree(
     return [bool(flag) for flag in together[: len(flags)].tolist()]
 
 
+def _wrappers(optim_wrapper: Any) -> Iterable[Any]:
+    return optim_wrapper.values() if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]
+
+
 def _optimizers(optim_wrapper: Any) -> Iterator[torch.optim.Optimizer]:
-    wrappers = optim_wrapper.values() if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]
-    for wrapper in wrappers:
+    for wrapper in _wrappers(optim_wrapper):
         yield wrapper.optimizer
 
 

@@ -101,6 +101,21 @@ def test_without_the_guard(tmp_path):
     assert all(value.isnan().any() for value in read_checkpoint(tmp_path / 'iter_6.pth')['state_dict'].values())
 
 
+def test_norms_of_clipped_gradients_are_written_down(tmp_path):
+    """As mmengine does it, which asks the device for each at once."""
+    optim_wrapper = dict(optimizer=dict(type='AdamW', lr=0.05), clip_grad=dict(max_norm=0.1))
+    histories = []
+    for name in ('ours', "mmengine's"):
+        built = runner(tmp_path / name, optim_wrapper=optim_wrapper)
+        if name != 'ours':
+            built._hooks = [hook for hook in built.hooks if not isinstance(hook, FiniteGuard)]
+        built.train()
+        histories.append(built.message_hub.get_scalar('train/grad_norm').data[0].tolist())
+        assert built.optim_wrapper.clip_func is torch.nn.utils.clip_grad_norm_
+    assert histories[0] == histories[1]
+    assert len(set(histories[0])) == 6
+
+
 def test_large_gradients_are_numbers(tmp_path):
     """The sum of their squares overflows, so that they are looked at one by one; they themselves do not."""
     built = runner(tmp_path, Poison([3], 1e30, 'second.bias'))
