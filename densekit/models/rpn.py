@@ -36,12 +36,6 @@ class ExactRPNHead(RPNHead):
     suppression. The arguments are those of mmdet's class.
     """
 
-    def forward(self, x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Scores and offsets of all levels, each as :meth:`forward_single`."""
-        anchors = self.prior_generator.base_anchors
-        anchors[:] = [anchor.to(x[0].device) for anchor in anchors]  # stay there: mmdet copies them in each step
-        return super().forward(x)
-
     def forward_single(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and offsets of one level.
 
@@ -53,6 +47,15 @@ class ExactRPNHead(RPNHead):
         """
         scores, offsets = super().forward_single(x)
         return scores.float(), offsets.float()
+
+    def get_anchors(self, featmap_sizes: Sequence[Any], batch_img_metas: Sequence[Any], device: Any = 'cuda') -> Any:
+        """Anchors of each image and level, and which of them are valid; as of mmdet's."""
+        self._move_anchors(device)
+        return super().get_anchors(featmap_sizes, batch_img_metas, device=device)
+
+    def _move_anchors(self, device: torch.device | str) -> None:
+        anchors = self.prior_generator.base_anchors
+        anchors[:] = [anchor.to(device) for anchor in anchors]  # to stay there: mmdet copies them in each step
 
     def get_targets(
         self,
@@ -165,13 +168,16 @@ class ExactRPNHead(RPNHead):
             self.loss_bbox, offsets, bbox_targets.reshape(-1, 4), bbox_weights.reshape(-1, 4), avg_factor
         )
 
-    def predict_by_feat(self, *args: Any, cfg: Any = None, **kwargs: Any) -> list[InstanceData]:
+    def predict_by_feat(
+        self, cls_scores: Sequence[Tensor], *args: Any, cfg: Any = None, **kwargs: Any
+    ) -> list[InstanceData]:
         """Proposals of all images; the arguments are those of mmdet's.
 
         Returns:
             Of each image ``bboxes`` ``(n, 4)``, ``scores`` and ``labels``, by descending score.
         """
-        found = super().predict_by_feat(*args, cfg=cfg, **kwargs)
+        self._move_anchors(cls_scores[0].device)
+        found = super().predict_by_feat(cls_scores, *args, cfg=cfg, **kwargs)
         cfg = self.test_cfg if cfg is None else cfg
         least = cfg.get('min_bbox_size', -1)
         if least >= 0:
