@@ -153,7 +153,13 @@ class DensekitRunner(Runner):
     def build_dataloader(
         dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
     ) -> DataLoader:
-        """Builds a data loader whose errors name the sample; that of training is made reproducible by its loop."""
+        """Builds a data loader whose errors name the sample; that of training is made reproducible by its loop.
+
+        Where there is CUDA, batches are put into pinned memory unless the config says otherwise: from there they are
+        copied while the host goes on.
+        """
+        if isinstance(dataloader, dict):
+            dataloader = {'pin_memory': torch.cuda.is_available(), **dataloader}
         return run_loader(Runner.build_dataloader(dataloader, seed, diff_rank_seed), seed)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:

@@ -306,3 +306,13 @@ def test_help_imports_next_to_nothing(name):
 
 def test_the_wrapper_of_float32_is_mmengines(tmp_path):
     assert type(runner_of(tmp_path).build_optim_wrapper(dict(optimizer=dict(type='SGD', lr=1)))) is OptimWrapper
+
+
+@pytest.mark.parametrize('given', [{}, {'pin_memory': False}])
+@pytest.mark.parametrize('cuda', [True, False])
+def test_batches_are_pinned_where_there_is_cuda(given, cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
+    samples = [{'x': torch.zeros(2)}]
+    config = dict(batch_size=1, sampler=dict(type='DefaultSampler', shuffle=False), dataset=samples, **given)
+    assert DensekitRunner.build_dataloader(config).pin_memory is (cuda and not given)
+    assert 'pin_memory' not in config or given

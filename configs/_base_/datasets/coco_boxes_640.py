@@ -31,7 +31,6 @@ test_pipeline = [
 train_dataloader = dict(
     batch_size=32,
     num_workers=10,
-    pin_memory=True,
     batch_sampler=None,
     dataset=dict(pipeline=train_pipeline),
 )
