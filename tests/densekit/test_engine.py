@@ -13,6 +13,7 @@ from mmengine.optim import OptimWrapper
 from torch import nn
 
 from densekit import cli
+from densekit.engine import runner as runner_module
 from densekit.engine.amp import AutocastOptimWrapper
 from densekit.engine.config import set_amp
 from densekit.engine.runner import DensekitRunner
@@ -312,7 +313,7 @@ def test_the_wrapper_of_float32_is_mmengines(tmp_path):
 @pytest.mark.parametrize('cuda', [True, False])
 def test_batches_are_pinned_where_there_is_cuda(given, cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
-    samples = [{'x': torch.zeros(2)}]
-    config = dict(batch_size=1, sampler=dict(type='DefaultSampler', shuffle=False), dataset=samples, **given)
-    assert DensekitRunner.build_dataloader(config).pin_memory is (cuda and not given)
-    assert 'pin_memory' not in config or given
+    monkeypatch.setattr(runner_module.Runner, 'build_dataloader', staticmethod(lambda config, *args: config))
+    monkeypatch.setattr(runner_module, 'run_loader', lambda loader, seed: loader)
+    assert DensekitRunner.build_dataloader(given)['pin_memory'] is (cuda and not given)
+    assert given in ({}, {'pin_memory': False})  # the config itself stays
