@@ -17,7 +17,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,12 +77,18 @@ class DepthwiseConv2d(nn.Conv2d):
         assert self.bias is not None
         if self.eager or not (torch.is_grad_enabled() and self.weight.requires_grad):
             return super().forward(x)
-        if not cpu.is_plain(x, self.weight, self.bias):
+        if not (cpu.is_plain(x, self.weight, self.bias) and self._is_as_built()):
             return super().forward(x)
         if not cpu.depthwise_pays(x, self.kernel_size[0]):
             return super().forward(x)
         x, weight, bias = cpu.autocast(x, self.weight, self.bias)
         return cpu.depthwise_conv2d(x, weight, bias, self.dilation[0])
+
+    def _is_as_built(self) -> bool:
+        """Whether nobody gave it another stride or padding since."""
+        (size, _), (dilation, _) = self.kernel_size, self.dilation
+        whole = self.stride == (1, 1) and self.padding_mode == 'zeros' and self.dilation == (dilation, dilation)
+        return whole and self.padding == (dilation * (size // 2),) * 2
 
 
 class Linear(nn.Linear):
@@ -186,25 +192,8 @@ class ConvNeXtBlock(nn.Module):
         return triton_block.supports(self.kernels, self.dwconv, self.act)
 
     def _altered(self) -> str | None:
-        """What is no longer as it was built and so is to run, such as an adapter or a hook, in words.
-
-        Every block asks at every step, so this reads dictionaries, where attributes of modules take several times as
-        long, and remembers nothing, so that nothing is missed.
-        """
-        for name, forwards in _AS_BUILT.items():
-            layer = self._modules.get(name)
-            if layer is None:  # no GRN
-                continue
-            own = vars(layer)
-            if type(layer).forward not in forwards or 'forward' in own:
-                return f'{name} was replaced'
-            if _has_own_hooks(own):
-                return f'{name} has a hook'
-            for parameter in own['_parameters'].values():
-                if parameter is None:
-                    return f'{name} lacks its weight or bias'
-        if nn.modules.module._has_any_global_hook():
-            return 'every module has a hook'
+        if reason := altered(self, _AS_BUILT):
+            return reason
         drop_path: Any = self._modules['drop_path']
         return None if getattr(drop_path, 'scale_by_keep', True) else 'drop_path has scale_by_keep=False'
 
@@ -257,6 +246,31 @@ _AS_BUILT: dict[str, tuple[Callable[..., Tensor], ...]] = {
     'pwconv2': (Linear.forward,),
     'drop_path': (DropPath.forward, nn.Identity.forward),
 }
+
+
+def altered(block: ConvNeXtBlock, names: Iterable[str]) -> str | None:
+    """What is no longer as it was built and so is to run, such as an adapter or a hook, in words.
+
+    Every block on the kernels asks at every step, so this reads dictionaries, where attributes of modules take several
+    times as long, and remembers nothing, so that nothing is missed.
+
+    Args:
+        block: with its layers.
+        names: of the layers in whose place something else computes.
+    """
+    for name in names:
+        layer = block._modules.get(name)
+        if layer is None:  # no GRN
+            continue
+        own = vars(layer)
+        if type(layer).forward not in _AS_BUILT[name] or 'forward' in own:
+            return f'{name} was replaced'
+        if _has_own_hooks(own):
+            return f'{name} has a hook'
+        for parameter in own['_parameters'].values():
+            if parameter is None:
+                return f'{name} lacks its weight or bias'
+    return 'every module has a hook' if nn.modules.module._has_any_global_hook() else None
 
 
 def _computes_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:

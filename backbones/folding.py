@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones.convnext import ConvNeXtBlock, Linear
+from backbones.convnext import ConvNeXtBlock, Linear, altered
 from backbones.kernels import choice, cpu
+from backbones.kernels.dtypes import product_dtype
 
 Model = TypeVar('Model', bound=nn.Module)
 
@@ -33,7 +34,8 @@ def fold(model: Model, *, in_place: bool = False) -> Model:
 
     Raises:
         ValueError: if the model holds no ConvNeXt block, is in float16 or sharded, has other layers in the place of
-            the linear ones or of the LayerNorm, as adapters put them there, or has hooks on them. It is unchanged then.
+            the linear ones or of the LayerNorm, as adapters put them there, or has hooks on them or on every module,
+            or functions in the place of their own ``forward``. It is unchanged then.
     """
     if reason := why_not(model):
         raise ValueError(f'{type(model).__name__} cannot be folded: {reason}')
@@ -51,12 +53,16 @@ def why_not(model: nn.Module) -> str | None:
     return next((reason for parent, name in places if (reason := _obstacle(getattr(parent, name)))), None)
 
 
-def runs_on_triton(model: nn.Module) -> bool:
-    """Whether blocks of a model run on Triton kernels where it is now; folded ones never do."""
+def runs_on_triton(model: nn.Module, dtype: torch.dtype | None = None) -> bool:
+    """Whether blocks of a model run on Triton kernels where it is now; folded ones never do.
+
+    Args:
+        model: a backbone, or a detector or segmentor with one.
+        dtype: of the products: that of the activations, or autocast's. Not given, any that the kernels take.
+    """
     blocks = [getattr(parent, name) for parent, name in _places(model)]
     return any(
-        block.kernels == 'triton'
-        or choice.choose(block.kernels, block.pwconv1.weight.device, block.pwconv1.weight.dtype) == 'triton'
+        block.kernels == 'triton' or (block.kernels == 'auto' and choice.is_proven(block.pwconv1.weight.device, dtype))
         for block in blocks
     )
 
@@ -72,16 +78,22 @@ def _obstacle(block: ConvNeXtBlock) -> str | None:
     others |= {type(block.norm).__name__} if type(block.norm) is not nn.LayerNorm else set()
     if others:
         return f'a block has {", ".join(sorted(others))} in the place of a layer that folds; merge it first'
-    layers = (block, block.norm, *linear, block.drop_path)
     weights = [weight for layer in (block.norm, *linear) for weight in layer.parameters()]
     if kinds := {type(weight).__name__ for weight in weights} - {'Parameter'}:
         return f'its weights are {", ".join(sorted(kinds))}, as sharding has them; load them into a whole model'
-    if any(x._forward_hooks or x._forward_pre_hooks or x._backward_hooks or x._backward_pre_hooks for x in layers):
+    if block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks:
         return 'a block has a hook, which would no longer be called; remove it first'
+    if not {'forward', '_forward'}.isdisjoint(vars(block)):
+        return 'a block has another forward function, which would no longer be called; restore its own first'
+    if reason := altered(block, ('norm', 'pwconv1', 'pwconv2', 'drop_path')):
+        return f'in a block {reason}, which folding would pass over; undo that first'
     if block.pwconv1.weight.dtype == torch.float16:
         # A layer scale of 1e-6 times a weight is zero there.
         return 'it is in float16, which loses small layer scales; fold it in float32 or bfloat16'
     return None
+
+
+_FLOAT16 = 'small layer scales are lost there. Take bfloat16 or float32, or the model without folding'
 
 
 class FoldedBlock(nn.Module):
@@ -97,6 +109,7 @@ class FoldedBlock(nn.Module):
         w1, b1, w2, b2 = _folded_weights(block)
         for name, value in dict(w1=w1, b1=b1, w2=w2, b2=b2).items():
             self.register_buffer(name, value, persistent=False)
+        self.scaled = block.gamma is not None
         self.fuses = block.kernels == 'auto' and isinstance(block.act, nn.GELU) and block.act.approximate == 'none'
         self._packed: tuple[Tensor, Tensor] | None = None
         self.eval()
@@ -110,6 +123,8 @@ class FoldedBlock(nn.Module):
         """Maps ``(N, C, H, W)`` to ``(N, C, H, W)``."""
         if self.training:
             raise RuntimeError('a folded model is for inference; train the one that it was folded from')
+        if self.scaled and product_dtype(x) == torch.float16:
+            raise RuntimeError(f'a folded model cannot run in float16: {_FLOAT16}')
         x_nhwc = x.permute(0, 2, 3, 1)
         branch = F.layer_norm(self.dwconv(x).permute(0, 2, 3, 1), x_nhwc.shape[-1:], eps=self.eps)
         if self._fuses(x, branch):
@@ -133,7 +148,13 @@ class FoldedBlock(nn.Module):
         return self._packed
 
     def _apply(self, fn: Any, recurse: bool = True) -> 'FoldedBlock':
-        """Moves or casts; what is packed is packed anew."""
+        """Moves or casts; what is packed is packed anew.
+
+        Raises:
+            RuntimeError: if it would become float16. What lies before this block in the model already is, then.
+        """
+        if self.scaled and fn(self.w2[:0]).dtype == torch.float16:
+            raise RuntimeError(f'a folded model cannot become float16, and was changed in part: {_FLOAT16}')
         self._packed = None
         return super()._apply(fn, recurse)
 

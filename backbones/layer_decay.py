@@ -229,9 +229,11 @@ def mend_fused(optimizer: Optimizer) -> None:
 
 def _keep_implementation(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """A state for ``load_state_dict`` that leaves to the optimizer how it computes, not what."""
-    own = optimizer.param_groups[0]
-    how = {key: own[key] for key in ('fused', 'foreach') if key in own}
-    return {**state, 'param_groups': [{**group, **how} for group in state['param_groups']]}
+    given, own = state['param_groups'], optimizer.param_groups
+    if len(given) != len(own):
+        return state  # torch says so
+    how = [{key: group[key] for key in ('fused', 'foreach') if key in group} for group in own]
+    return {**state, 'param_groups': [{**group, **keys} for group, keys in zip(given, how, strict=True)]}
 
 
 def _match_strides(known: _Known, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -24,13 +24,24 @@ from backbones.layers import GRN
 
 def unsupported(dwconv: nn.Conv2d, act: nn.Module) -> str | None:
     """Why a block of these parts has no kernels, in words; None if it has."""
-    if dwconv.kernel_size[0] not in SIZES:
-        return f'there are none for a convolution of {dwconv.kernel_size[0]} x {dwconv.kernel_size[1]}'
-    if dwconv.dilation[0] != 1:
-        return f'there are none for a convolution with dilation {dwconv.dilation[0]}'
+    rows, columns = dwconv.kernel_size
+    if rows != columns or rows not in SIZES:
+        return f'there are none for a convolution of {rows} x {columns}'
+    for name, given in (('dilation', dwconv.dilation), ('stride', dwconv.stride)):
+        if given != (1, 1):
+            return f'there are none for a convolution with {name} {_short(given)}'
+    if dwconv.padding not in ((rows // 2, rows // 2), 'same') or dwconv.padding_mode != 'zeros':
+        return f'there are none for a convolution with padding {_short(dwconv.padding)} of {dwconv.padding_mode}'
+    if not dwconv.groups == dwconv.in_channels == dwconv.out_channels:
+        return f'there are none for a convolution with {dwconv.groups} groups of {dwconv.in_channels} channels'
     if not isinstance(act, nn.GELU) or act.approximate != 'none':
         return f'there are none for the activation {act}'
     return None
+
+
+def _short(size: tuple[int, ...] | str) -> str:
+    """Of rows and columns; one number where they are equal."""
+    return size if isinstance(size, str) else ' x '.join(map(str, dict.fromkeys(size)))
 
 
 def runs(kernels: str, x: Tensor) -> bool:
@@ -74,7 +85,8 @@ def supports(kernels: str, dwconv: nn.Conv2d, act: nn.Module) -> bool:
 
 
 def _is_watched() -> bool:
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    # Not is_exporting(): Dynamo takes it for True while it merely compiles (torch 2.11), and torch 2.6 has none.
+    if getattr(torch.compiler, '_is_exporting_flag', False) or torch.jit.is_tracing():
         return True
     if torch.compiler.is_compiling():
         return False
@@ -165,7 +177,7 @@ def _forward(
         w2_folded, bias = fold_triton.fold_scale(w2.contiguous(), b2, gamma, dtype)
         scale = None
     else:
-        w2_folded, bias, scale = w2.to(dtype, copy=True), b2, gamma
+        w2_folded, bias, scale = w2.to(dtype, copy=True, memory_format=torch.contiguous_format), b2, gamma
     y, h, energy = mlp.forward(x_norm, w1_folded, b1_folded, w2_folded, grn_weight, grn_bias, grn_eps)
     # Made in its final shape: a view could not be changed in place by whoever gets it.
     out = torch.empty_like(x, dtype=stream_dtype, memory_format=torch.channels_last)

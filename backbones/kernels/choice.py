@@ -75,6 +75,17 @@ def available(device: torch.device | str, dtype: torch.dtype) -> bool:
     return why_not(device, dtype) is None
 
 
+def is_proven(device: torch.device, dtype: torch.dtype | None = None) -> bool:
+    """Whether 'auto' takes Triton there; unlike :func:`choose`, says nothing in the log.
+
+    Args:
+        device: of the tensors.
+        dtype: of the products; None for any.
+    """
+    dtypes = [d for d in DTYPES if dtype in (None, d) and device.type == 'cuda' and why_not(device, d) is None]
+    return any((torch.cuda.get_device_capability(device), d) in PROVEN for d in dtypes)
+
+
 @torch.compiler.assume_constant_result
 def choose(kernels: str, device: torch.device, dtype: torch.dtype) -> str:
     """Decides which form runs.
@@ -102,12 +113,12 @@ def _decide(kernels: str, device: torch.device, dtype: torch.dtype, interpreted:
         return 'triton'
     if device.type != 'cuda':
         return 'eager'
+    if is_proven(device, dtype):
+        return 'triton'
     if reason is None:
-        capability = torch.cuda.get_device_capability(device)
-        if (capability, dtype) in PROVEN:
-            return 'triton'
+        capability = _dotted(torch.cuda.get_device_capability(device))
         reason = (
-            f'they are not proven on compute capability {_dotted(capability)} with {dtype} yet; '
+            f'they are not proven on compute capability {capability} with {dtype} yet; '
             "kernels='triton' takes them all the same"
         )
     say_once(f"ConvNeXt runs without Triton kernels (kernels='auto'): {reason}")

@@ -65,7 +65,7 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def build(channels=16, drop_path=0.0, layer_scale=1.0, use_grn=False, kernel_size=3, kernels='auto'):
+def build(channels=16, drop_path=0.0, layer_scale=1.0, use_grn=False, kernel_size=3, kernels='eager'):
     block = ConvNeXtBlock(
         channels,
         drop_path=drop_path,

@@ -168,6 +168,26 @@ def hooked(model):
     model.stages[1][0].pwconv2.register_forward_hook(lambda *_: None)
 
 
+def patched(model):
+    layer = model.stages[1][0].norm
+    original = layer.forward
+    layer.forward = lambda x: 2 * original(x)
+
+
+def wrapped(model):
+    block = model.stages[1][0]
+    original = block.forward
+    block.forward = lambda x: 2 * original(x)
+
+
+def dropping(model):
+    model.stages[1][0].drop_path = nn.Dropout()
+
+
+def without_shift(model):
+    model.stages[1][0].norm = nn.LayerNorm(16, bias=False)
+
+
 @pytest.mark.parametrize('in_place', [False, True])
 @pytest.mark.parametrize(
     ('harm', 'said'),
@@ -175,7 +195,11 @@ def hooked(model):
         (lambda model: model.half(), 'float16, which loses'),
         (adapted, 'Sequential in the place of a layer that folds'),
         (normed, 'RMSNorm in the place'),
-        (hooked, 'has a hook'),
+        (hooked, 'pwconv2 has a hook'),
+        (patched, 'norm was replaced'),
+        (wrapped, 'another forward function'),
+        (dropping, 'drop_path was replaced'),
+        (without_shift, 'norm lacks its weight or bias'),
     ],
 )
 def test_what_cannot_be_folded_is_refused_and_stays(mini, harm, said, in_place):
@@ -186,6 +210,39 @@ def test_what_cannot_be_folded_is_refused_and_stays(mini, harm, said, in_place):
     with pytest.raises(ValueError, match=f'ConvNeXt cannot be folded: .*{said}'):
         fold(model, in_place=in_place)
     assert model.training and not any(isinstance(m, FoldedBlock) for m in model.modules())
+
+
+def test_a_hook_on_every_module_is_not_passed_over(mini):
+    model = mini()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match='every module has a hook'):
+            fold(model)
+    finally:
+        handle.remove()
+    assert why_not(model) is None
+
+
+@pytest.mark.parametrize('cast', [nn.Module.half, lambda model: model.to('cpu', torch.float16)])
+def test_a_folded_model_does_not_become_float16(cast, mini):
+    """In which a layer scale of 1e-6 times a weight is zero."""
+    folded = fold(mini(layer_scale_init_value=1e-6))
+    blocks = [m for m in folded.modules() if isinstance(m, FoldedBlock)]
+    weights = [block.w2 for block in blocks]
+    with pytest.raises(RuntimeError, match=r'cannot become float16, .*small layer scales are lost'):
+        cast(folded)
+    assert all(block.w2 is weight for block, weight in zip(blocks, weights, strict=True))
+    for other in (torch.bfloat16, torch.float64):
+        assert {m.w2.dtype for m in fold(mini()).to(other).modules() if isinstance(m, FoldedBlock)} == {other}
+    cast(fold(MODELS['V1 without layer scale']()))
+
+
+def test_a_folded_model_does_not_run_in_float16(mini):
+    x = image(1, 3, 64, 64)
+    with torch.no_grad(), torch.autocast('cpu', torch.float16):
+        with pytest.raises(RuntimeError, match='cannot run in float16: small layer scales'):
+            fold(mini())(x)
+        fold(MODELS['V1 without layer scale']())(x)
 
 
 def test_sharded_weights_are_refused(mini, tmp_path):
@@ -205,7 +262,24 @@ def test_mistakes_are_explained(mini):
         fold(mini()).train()(image(1, 3, 64, 64))
 
 
-def test_which_models_run_on_triton(monkeypatch):
-    assert not runs_on_triton(MODELS['V1']()) and not runs_on_triton(MODELS['eager']())
-    monkeypatch.setattr(choice, 'choose', lambda kernels, device, dtype: 'triton' if kernels == 'auto' else 'eager')
-    assert runs_on_triton(MODELS['V1']()) and not runs_on_triton(MODELS['eager']())
+def test_which_models_run_on_triton(monkeypatch, caplog):
+    """Under autocast the products have another dtype than the weights, here float32."""
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    monkeypatch.setattr(choice, 'why_not', lambda device, dtype: None)
+    models = [MODELS[name]() for name in ('V1', 'eager')]
+    assert [runs_on_triton(model) for model in models] == [False, False]
+    for model in models:
+        for block in (m for m in model.modules() if type(m) is ConvNeXtBlock):
+            block.pwconv1 = _OnCuda()
+    assert [runs_on_triton(model) for model in models] == [False, False]
+    monkeypatch.setattr(choice, 'PROVEN', frozenset({((9, 0), torch.bfloat16)}))
+    assert [runs_on_triton(model) for model in models] == [True, False]
+    assert [runs_on_triton(models[0], dtype) for dtype in (torch.bfloat16, torch.float32)] == [True, False]
+    assert not caplog.records
+
+
+class _OnCuda(nn.Module):
+    """Where there is none."""
+
+    class weight:
+        device, dtype = torch.device('cuda', 0), torch.float32

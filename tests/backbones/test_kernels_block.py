@@ -14,13 +14,18 @@ from torch import nn
 
 from backbones import ConvNeXt, ConvNeXtIsotropic
 from backbones.convnext import ConvNeXtBlock, Linear
-from backbones.kernels import choice
+from backbones.kernels import choice, cpu
 from backbones.kernels.block import unsupported
 
 
 @pytest.fixture
-def torch_depthwise(monkeypatch):
-    """PyTorch's depthwise convolution instead of ours, which takes seconds in the interpreter and has its own tests."""
+def torch_depthwise(device, monkeypatch):
+    """PyTorch's depthwise convolution instead of ours, which takes seconds in the interpreter and has its own tests.
+
+    On a GPU ours takes no time, and cuDNN's weight gradient differs from run to run.
+    """
+    if device == 'cuda':
+        return
     from backbones.kernels import depthwise_triton, pointwise_triton
 
     def forward_and_normalize(x, weight, bias, eps, dtype):
@@ -41,6 +46,10 @@ def torch_depthwise(monkeypatch):
 
     for function in (forward_and_normalize, input_gradient, weight_gradient):
         monkeypatch.setattr(depthwise_triton, function.__name__, function)
+
+
+def test_the_reference_stays_eager():
+    assert build().kernels == 'eager'  # 'auto' would take what is compared with it, once that is proven
 
 
 def compare(block, x, tolerance, amp=None, recompute=False):
@@ -309,18 +318,68 @@ def test_folding(rows, columns, dtype, device):
 
 
 @pytest.mark.parametrize(
-    ('convolution', 'act', 'words'),
+    ('changes', 'act', 'words'),
     [
-        (dict(kernel_size=7), nn.GELU(), None),
+        (dict(), nn.GELU(), None),
+        (dict(padding='same'), nn.GELU(), None),
         (dict(kernel_size=13), nn.GELU(), '13 x 13'),
-        (dict(kernel_size=7, dilation=2), nn.GELU(), 'dilation 2'),
-        (dict(kernel_size=7), nn.ReLU(), 'activation ReLU'),
-        (dict(kernel_size=7), nn.GELU(approximate='tanh'), 'tanh'),
+        (dict(kernel_size=(7, 5)), nn.GELU(), '7 x 5'),
+        (dict(dilation=2), nn.GELU(), 'dilation 2'),
+        (dict(dilation=(1, 2)), nn.GELU(), 'dilation 1 x 2'),
+        (dict(stride=2), nn.GELU(), 'stride 2'),
+        (dict(padding=2), nn.GELU(), 'padding 2'),
+        (dict(padding=(3, 0)), nn.GELU(), 'padding 3 x 0'),
+        (dict(padding='valid'), nn.GELU(), 'padding valid'),
+        (dict(padding_mode='circular'), nn.GELU(), 'padding 3 of circular'),
+        (dict(groups=4), nn.GELU(), '4 groups of 8 channels'),
+        (dict(), nn.ReLU(), 'activation ReLU'),
+        (dict(), nn.GELU(approximate='tanh'), 'tanh'),
     ],
 )
-def test_reasons_against_kernels(convolution, act, words):
-    reason = unsupported(nn.Conv2d(8, 8, groups=8, **convolution), act)
+def test_reasons_against_kernels(changes, act, words):
+    reason = unsupported(nn.Conv2d(8, 8, **{'kernel_size': 7, 'padding': 3, 'groups': 8, **changes}), act)
     assert reason is None if words is None else words in reason
+
+
+@pytest.mark.parametrize(
+    'changes', [dict(padding_mode='circular'), dict(padding=(1, 1)), dict(stride=(2, 2)), dict(dilation=(1, 2)), dict()]
+)
+def test_a_changed_convolution_is_computed_as_it_is_on_a_cpu(changes, monkeypatch):
+    """And one as it was built in the faster form."""
+    form, calls = cpu.depthwise_conv2d, []
+    monkeypatch.setattr(cpu, 'depthwise_pays', lambda x, kernel_size: True)
+    monkeypatch.setattr(cpu, 'depthwise_conv2d', lambda *args: calls.append(args) or form(*args))
+    dwconv = build(8, kernel_size=7, kernels='auto').dwconv
+    for name, value in changes.items():
+        setattr(dwconv, name, value)
+    dwconv._reversed_padding_repeated_twice = [3, 3, 3, 3]  # which nn.Conv2d keeps of its padding
+    x = noise(1, 8, 12, 12)
+    torch.testing.assert_close(dwconv(x), nn.Conv2d.forward(dwconv, x))
+    assert bool(calls) is not bool(changes)
+
+
+class Told(nn.Module):
+    """Adds 1 if something looks on."""
+
+    def forward(self, x):
+        from backbones.kernels import block as kernels
+
+        return x + 1 if kernels._is_watched() else x + 0
+
+
+def test_an_exporter_looks_on_and_a_compiler_does_not():
+    torch._dynamo.reset()
+    x = torch.zeros(1)
+    assert Told()(x) == torch.compile(Told(), backend='eager', fullgraph=True)(x) == 0
+    for strict in (False, True):
+        assert torch.export.export(Told(), (x,), strict=strict).module()(x) == 1
+
+
+def test_a_torch_that_does_not_tell_an_exporter(monkeypatch):
+    """2.6 has neither."""
+    for name in ('is_exporting', '_is_exporting_flag'):
+        monkeypatch.delattr(torch.compiler, name)
+    assert Told()(torch.zeros(1)) == 0
 
 
 NARROW = dict(depths=(1, 1, 2, 1), channels=(8, 8, 16, 16))

@@ -113,6 +113,18 @@ def test_one_kernel_again_gives_the_same_bits(device):
     assert_same_bits(in_two_forms(*arguments)[1], in_two_forms(*arguments)[1])
 
 
+# (N, H, W, C): more than one group of strips and more than one segment, with narrow strips and with those of a GPU.
+SHARED_OUT = {'cpu': (1, 12, 20, 40), 'cuda': (1, 12, 80, 40)}
+
+
+@pytest.mark.parametrize('processors', [66, 108, 132, 148])
+def test_a_gpu_would_share_out_what_is_left_out_below(processors):
+    num, height, width, channels = SHARED_OUT['cuda']
+    for cache in (4 * 2**20, 50 * 2**20):
+        plan = depthwise_plan.together_plan(num, channels, height, width, 3, processors, cache, itemsize=8)
+        assert plan.groups > 1 and plan.segments > 1
+
+
 @pytest.mark.parametrize('short', ['strips', 'rows', 'channels'])
 @pytest.mark.usefixtures('narrow')
 def test_a_pixel_or_channel_left_out_is_seen(short, device, monkeypatch):
@@ -129,7 +141,7 @@ def test_a_pixel_or_channel_left_out_is_seen(short, device, monkeypatch):
 
     launch = depthwise_triton.launch
     monkeypatch.setattr(depthwise_triton, 'launch', run)
-    two, one = in_two_forms(*tensors(1, 12, 20, 40, size=3, device=device), torch.float32)
+    two, one = in_two_forms(*tensors(*SHARED_OUT[device], size=3, device=device), torch.float32)
     with pytest.raises(AssertionError, match='differ'):
         assert_same_bits(two, one)
 

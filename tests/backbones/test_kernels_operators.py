@@ -151,7 +151,19 @@ def test_numbers_may_lie_apart_in_memory(name, device):
 @pytest.mark.parametrize('seed', range(4, 7))
 @pytest.mark.parametrize('name', ARGUMENTS)
 def test_results_are_as_compilers_are_told(name, seed, device):
-    case = ARGUMENTS[name](Case(seed, device))
+    assert_as_told(name, ARGUMENTS[name](Case(seed, device)))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+@pytest.mark.parametrize('scaled', [False, True])
+def test_a_block_of_transposed_weights_is_as_compilers_are_told(scaled, dtype, device):
+    case = list(block_arguments(Case(4, device)))
+    case[5], case[9] = (w.t().contiguous().t() for w in (case[5], case[9]))
+    case[11], case[15] = case[11] if scaled else None, dtype
+    assert_as_told('convnext_block', tuple(case))
+
+
+def assert_as_told(name: str, case: tuple[Any, ...]) -> None:
     mode = FakeTensorMode()
     fake = tree_map_only(Tensor, mode.from_tensor, case)
     with mode:

@@ -411,6 +411,21 @@ def test_a_run_goes_on_fused_or_not_as_its_config_says(before, after):
     assert [group['lr'] for group in now.optimizer.param_groups] == [g['lr'] for g in wrapper.optimizer.param_groups]
 
 
+def test_each_group_stays_as_it_is():
+    parameters = [torch.zeros(1, requires_grad=True) for _ in range(3)]
+    hows = [dict(fused=True), dict(foreach=True), dict(foreach=False)]
+    optimizer = torch.optim.AdamW([dict(params=[p], **how) for p, how in zip(parameters, hows, strict=True)])
+    mend_fused(optimizer)
+    before = [(group['fused'], group['foreach']) for group in optimizer.param_groups]
+    assert len(set(before)) == 3
+    optimizer.load_state_dict(torch.optim.AdamW([dict(params=[p]) for p in parameters]).state_dict())
+    assert [(group['fused'], group['foreach']) for group in optimizer.param_groups] == before
+    for number in (2, 4):
+        state = torch.optim.AdamW([dict(params=[torch.zeros(1)]) for _ in range(number)]).state_dict()
+        with pytest.raises(ValueError, match='different number of parameter groups'):
+            optimizer.load_state_dict(state)
+
+
 def test_torch_still_takes_the_state_s_word_for_it():
     """When this fails, the hook that keeps ``fused`` can go."""
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)
