@@ -1,7 +1,7 @@
 """The depthwise kernels' tables, tried out on this machine's GPU: which strip widths and how many programs at a time.
 
     python benchmarks/tune_depthwise.py       # 7 x 7 at stages 0 and 2 of ConvNeXt-T and stage 0 of B, 800 x 1333
-    python benchmarks/tune_depthwise.py --images 2 8 --stages 0 1 2 3 --out tune.json
+    python benchmarks/tune_depthwise.py --images 8 2 --stages 0 1 2 3 --out tune.json
     TRITON_INTERPRET=1 python benchmarks/tune_depthwise.py --smoke      # does the script run? no GPU needed
 
 For each stage and direction, choices for the tables in backbones/kernels/depthwise_plan.py are compared with float64,
@@ -18,7 +18,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ KINDS = {'forward and norm': ('convolve', 'together'), 'weight gradient': ('corr
 EPS = 1e-6
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor]  # input, weight, bias, gradient of the result
+Candidate = tuple[Callable[[], AbstractContextManager[None]], list[Callable[[], Any]]]  # within what, and the calls
 
 
 @contextmanager
@@ -104,21 +105,27 @@ def wrong(direction: str, case: Case, kind: str) -> float:
     return float((mine - right).norm() / right.norm())
 
 
-def seconds(candidates: dict[str, list[Callable[[], Any]]], rounds: int, cuda: bool) -> dict[str, float]:
-    """The median of each, in turn; the calls of a candidate have tensors of their own."""
+def seconds(candidates: dict[str, Candidate], rounds: int, cuda: bool) -> dict[str, float]:
+    """The median of each, in turn; the calls of a candidate have tensors of their own.
+
+    A candidate's context is entered once for all of its calls: remaking plans in each would time the host.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for call in itertools.chain(*candidates.values()):
-        call()
+    for within, calls in candidates.values():
+        with within():
+            for call in calls:
+                call()
     if not cuda:
         return dict.fromkeys(candidates, 0.0)
     for _ in range(rounds):
-        for name, calls in candidates.items():
+        for name, (within, calls) in candidates.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(QUEUE)
-            start.record()
-            for call in calls:
-                call()
-            end.record()
+            with within():
+                torch.cuda._sleep(QUEUE)
+                start.record()
+                for call in calls:
+                    call()
+                end.record()
             end.synchronize()
             times[name].append(start.elapsed_time(end) / 1000 / len(calls))
     return {name: statistics.median(values) for name, values in times.items()}
@@ -130,22 +137,19 @@ def compare(args: argparse.Namespace, num: int, stage: tuple[int, int, int], dir
     elements = num * stage[0] * stage[1] * stage[2]
     copies = min(max(2, CACHE // (elements * dtype.itemsize)), 16) if cuda else 1
     layouts = {nhwc: [make(num, stage, args.size, dtype, args.device, nhwc) for _ in range(copies)] for nhwc in (0, 1)}
-    candidates: dict[str, list[Callable[[], Any]]] = {}
+    candidates: dict[str, Candidate] = {}
     for name, nhwc in (('torch nchw', 0), ('torch nhwc', 1)):
         cast = [tuple(t.to(dtype) for t in case) for case in layouts[nhwc]]
-        candidates[name] = [functools.partial(torchs, direction, case) for case in cast]
+        candidates[name] = nullcontext, [functools.partial(torchs, direction, case) for case in cast]
     if direction == 'forward and norm':
-        candidates['as planned'] = [functools.partial(ours, direction, case, 'planned') for case in layouts[1]]
+        calls = [functools.partial(ours, direction, case, 'planned') for case in layouts[1]]
+        candidates['as planned'] = nullcontext, calls
     kinds = KINDS.get(direction, ('convolve',))
     for kind, columns, resident in ((k, c, r) for k in kinds for c, r in itertools.product(COLUMNS[k], RESIDENT)):
-
-        def call(case: Case, kind: str = kind, columns: int = columns, resident: int = resident) -> Tensor:
-            with tables(kind, args.size, columns, resident):
-                return ours(direction, case, kind)
-
+        within = functools.partial(tables, kind, args.size, columns, resident)
         name = f'{columns} columns, {resident} programs' + (', one kernel' if kind == 'together' else '')
-        candidates[name] = [lambda c=c, f=call: f(c) for c in layouts[1]]
-        with tables(kind, args.size, columns, resident):
+        candidates[name] = within, [functools.partial(ours, direction, case, kind) for case in layouts[1]]
+        with within():
             case = make(1, (stage[0], 9, min(stage[2], 99)), args.size, dtype, args.device, True)
             error = wrong(direction, case, kind)
         if not error < (1e-5 if dtype == torch.float32 or kind == 'correlate' else 1e-2):
@@ -157,7 +161,7 @@ def compare(args: argparse.Namespace, num: int, stage: tuple[int, int, int], dir
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--images', type=int, nargs='+', default=[2, 8])
+    parser.add_argument('--images', type=int, nargs='+', default=[8, 2])
     parser.add_argument('--stages', type=int, nargs='+', default=[0, 2, 4], help="T's are 0 to 3, B's 4 to 7")
     parser.add_argument('--size', type=int, default=7, help='of the filter')
     parser.add_argument('--dtype', default='bfloat16', choices=('float16', 'bfloat16', 'float32'))

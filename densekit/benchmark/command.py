@@ -43,6 +43,8 @@ def run(args: argparse.Namespace, say: Say) -> None:
             _fit(args, device, say)
             return
         if args.waits:
+            if len(args.images or ()) > 1:
+                raise ValueError(f'--images {" ".join(args.images)}: --waits counts for one size; give one')
             say(waits.report(args.config, _images(args)[0] if args.images else (2, 128, 192), tuple(args.cfg_options)))
             return
         check_writable(args.out, '--out')
@@ -71,6 +73,8 @@ def _cases(args: argparse.Namespace, device: torch.device) -> list[tuple[int, Ca
 
 def _fit(args: argparse.Namespace, device: torch.device, say: Say) -> None:
     memory = fit.parse_size(args.fit)
+    if len(args.images or ()) > 1:
+        raise ValueError(f'--images {" ".join(args.images)}: --fit plans for one size; give one')
     cfg = load_config(args.config, args.cfg_options)
     size = padded(_images(args)[0][1:], cfg.model.get('data_preprocessor')) if args.images else fit.image_size(cfg)
     if args.verify and device.type != 'cuda':

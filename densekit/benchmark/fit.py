@@ -19,6 +19,7 @@ from mmengine.registry import MODELS
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from backbones import ConvNeXt
 from densekit.benchmark.case import Images, free
 from densekit.benchmark.steps import Step, StepCase
 from densekit.benchmark.stock import class_of
@@ -38,6 +39,11 @@ _UNITS |= {'gib': 2**30, 't': 1e12, 'tb': 1e12, 'tib': 2**40}
 _SIDES = (256, 384)  # of the small steps
 _CHECKPOINTS = 'model.backbone.with_cp'
 
+Checkpoints = bool | tuple[int, ...] | None
+"""Of which stages blocks are computed anew in the backward pass: all, none, or these; None if there is no choice."""
+_STAGES: tuple[Checkpoints, ...] = (False, (0,), (0, 1), True)
+"""A block of an early stage keeps the most, and to compute it anew costs about what it costs in a late one."""
+
 
 @dataclass(frozen=True)
 class Need:
@@ -45,14 +51,14 @@ class Need:
 
     Attributes:
         dtype: 'bf16' or 'fp32'.
-        with_cp: whether the backbone's blocks are computed anew in the backward pass.
+        with_cp: of which stages of the backbone blocks are computed anew in the backward pass.
         fixed: of parameters, gradients and optimizer.
         kept: by autograd, that does not depend on the batch.
         per_image: by autograd for an image of the size asked for.
     """
 
     dtype: str
-    with_cp: bool
+    with_cp: Checkpoints
     fixed: int
     kept: float
     per_image: float
@@ -96,7 +102,7 @@ def plan(config: str, size: Size | None, device: torch.device, options: Sequence
     """
     cfg = load_config(config, options)
     size = size or image_size(cfg)
-    choices = [False, True] if _takes_checkpoints(cfg) else [False]
+    choices = _choices(cfg)
     return [_need(config, size, dtype, with_cp, device, options) for dtype in ('bf16', 'fp32') for with_cp in choices]
 
 
@@ -115,14 +121,14 @@ def image_size(cfg: Config) -> Size:
 def report(config: str, memory: float, size: Size, needs: Sequence[Need]) -> str:
     """A table, and the options of the choice that trains fastest among those that fit.
 
-    The precision of the recipe's paper comes first, then no checkpointing, which repeats the forward pass.
+    The precision of the recipe's paper comes first, then little checkpointing, which repeats the forward pass.
     """
     rows = []
     for need in needs:
         batch = need.largest_batch(memory)
         cells = [f'{need.fixed / _GIB:.2f}', f'{need.kept / _GIB:.2f}', f'{need.per_image / _GIB:.2f}']
         total = f'{need.of_batch(batch) / _GIB:.1f}' if batch else '-'
-        rows.append([need.dtype, 'yes' if need.with_cp else 'no', *cells, str(batch), total])
+        rows.append([need.dtype, _stages(need.with_cp), *cells, str(batch), total])
     header = ['precision', 'with_cp', 'weights GiB', '+ kept GiB', '+ per image GiB', 'images', 'in all GiB']
     lines = [
         f'{config}, images of {size[0]} x {size[1]}, {memory / _GIB:.3g} GiB, {100 * RESERVE:.0f} % of it left free:',
@@ -134,7 +140,8 @@ def report(config: str, memory: float, size: Size, needs: Sequence[Need]) -> str
     for need in fitting:
         amp = 'bf16' if need.dtype == 'bf16' else 'off'
         given = f'train_dataloader.batch_size={need.largest_batch(memory)}'
-        given += f' {_CHECKPOINTS}=True' * need.with_cp
+        if need.with_cp is not None:
+            given += f' "{_CHECKPOINTS}={_stages(need.with_cp)}"'
         lines.append(f'python tools/train.py {config} --amp {amp} --cfg-options {given}')
     return '\n\n'.join(lines[:2]) + '\n\n' + '\n'.join(lines[2:])
 
@@ -153,7 +160,7 @@ def verify(
         options: ``key=value`` texts that change the config.
     """
     number = need.largest_batch(memory)
-    name = f'{need.dtype}{", with_cp" * need.with_cp}, {number} images'
+    name = f'{need.dtype}, with_cp={_stages(need.with_cp)}, {number} images'
     case = _case(config, (number, *size), need.dtype, need.with_cp, options)
     free(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -202,7 +209,9 @@ def _instead_of_backward(step: Step, action: Any) -> Iterator[None]:
         del wrapper.update_params
 
 
-def _need(config: str, size: Size, dtype: str, with_cp: bool, device: torch.device, options: Sequence[str]) -> Need:
+def _need(
+    config: str, size: Size, dtype: str, with_cp: Checkpoints, device: torch.device, options: Sequence[str]
+) -> Need:
     small, large = _SIDES
     points: list[Images] = [(2, small, small), (2, large, large), (3, small, small)]  # batch norms need two values
     kept = []
@@ -217,11 +226,19 @@ def _need(config: str, size: Size, dtype: str, with_cp: bool, device: torch.devi
     return Need(dtype, with_cp, fixed, max(0, once), per_small_image + per_pixel * (size[0] * size[1] - small**2))
 
 
-def _case(config: str, images: Images, dtype: str, with_cp: bool, options: Sequence[str]) -> StepCase:
-    changed = [*options, *([f'{_CHECKPOINTS}=True'] if with_cp else [])]
+def _case(config: str, images: Images, dtype: str, with_cp: Checkpoints, options: Sequence[str]) -> StepCase:
+    changed = [*options, *([] if with_cp is None else [f'{_CHECKPOINTS}={_stages(with_cp)}'])]
     return StepCase(config, images, dtype, True, options=tuple(changed))
 
 
-def _takes_checkpoints(cfg: Config) -> bool:
+def _stages(with_cp: Checkpoints) -> str:
+    """As an option has it: ``True``, ``[0,1]``."""
+    return f'[{",".join(map(str, with_cp))}]' if isinstance(with_cp, tuple) else str(with_cp)
+
+
+def _choices(cfg: Config) -> tuple[Checkpoints, ...]:
+    """What a backbone takes as ``with_cp``; stages only ours does."""
     cls = class_of(cfg.model.backbone.type, cfg.get('default_scope', 'mmengine'), (MODELS,))
-    return cls is not None and 'with_cp' in accepted_keys(cls)[0]
+    if cls is not None and issubclass(cls, ConvNeXt):
+        return _STAGES
+    return (False, True) if cls is not None and 'with_cp' in accepted_keys(cls)[0] else (None,)

@@ -1,6 +1,7 @@
 """Batches made up for a config's model, in the form that its data loader gives them: the same for all candidates."""
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,12 +19,13 @@ _BLOCK = 64  # pixels of one class in a label map
 
 
 def make_batch(cfg: Config, images: Images, *, polygons: bool | None = None) -> dict[str, list[Any]]:
-    """Random images with random boxes and masks, or label maps.
+    """Random images with random boxes and, where the training pipeline loads them, masks; or with label maps.
 
     Args:
-        cfg: its scope and model say which labels are needed, its training pipeline whether masks are polygons.
+        cfg: its scope and model say which labels are needed, its training pipeline whether there are masks, and whether
+            they are polygons.
         images: number, height, width.
-        polygons: masks as polygons; by default as the pipeline loads them.
+        polygons: masks, as polygons or not; by default as the pipeline loads them.
     """
     number, height, width = images
     generator = np.random.default_rng(0)
@@ -32,7 +34,7 @@ def make_batch(cfg: Config, images: Images, *, polygons: bool | None = None) -> 
         classes = int(cfg.model.decode_head.num_classes)
         samples = [_label_map(generator, height, width, classes) for _ in range(number)]
     else:
-        loaded = _loads_polygons(cfg) if polygons is None else polygons
+        loaded = _loaded_masks(cfg) if polygons is None else 'polygons' if polygons else 'bitmaps'
         classes = min(int(part['num_classes']) for part in _dictionaries(cfg.model) if part.get('num_classes'))
         samples = [_instances(generator, height, width, loaded, classes) for _ in range(number)]
     return {'inputs': inputs, 'data_samples': samples}
@@ -53,10 +55,14 @@ def jittered_truth(boxes: torch.Tensor, number: int) -> torch.Tensor:
     return repeated + 0.2 * noise * (repeated[:, 2:] - repeated[:, :2]).repeat(1, 2)
 
 
-def _loads_polygons(cfg: Config) -> bool:
+def _loaded_masks(cfg: Config) -> str | None:
+    """'polygons' or 'bitmaps'; None for a pipeline without masks, with which a detector may not expect any."""
     steps = list(_dictionaries((cfg.get('train_dataloader') or {}).get('dataset', {})))
-    loaders = [step for step in steps if str(step.get('type')).rpartition('.')[2].endswith('LoadAnnotations')]
-    return any(step.get('with_mask') and step.get('poly2mask') is False for step in loaders)
+    loaders = [step for step in steps if re.search(r'Load\w*Annotations$', str(step.get('type')))]
+    loaders = [step for step in loaders if step.get('with_mask')]
+    if not loaders:
+        return None
+    return 'polygons' if any(step.get('poly2mask') is False for step in loaders) else 'bitmaps'
 
 
 def _dictionaries(node: Any) -> Iterator[Mapping[str, Any]]:
@@ -68,21 +74,22 @@ def _dictionaries(node: Any) -> Iterator[Mapping[str, Any]]:
             yield from _dictionaries(part)
 
 
-def _instances(generator: np.random.Generator, height: int, width: int, polygons: bool, classes: int) -> Any:
+def _instances(generator: np.random.Generator, height: int, width: int, kind: str | None, classes: int) -> Any:
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks, PolygonMasks
 
     sides = generator.uniform(0.08, 0.5, (OBJECTS, 2)) * (width, height)
     corners = generator.uniform(0, 1, (OBJECTS, 2)) * ((width, height) - sides)
     boxes = np.concatenate([corners, corners + sides], 1).astype(np.float32)
-    outlines = [[_diamond(box)] for box in boxes]
-    masks = PolygonMasks(outlines, height, width)
     sample = DetDataSample(metainfo=_metainfo(height, width))
     sample.gt_instances = InstanceData(
         bboxes=torch.from_numpy(boxes),
         labels=torch.from_numpy(generator.integers(0, classes, OBJECTS)),
-        masks=masks if polygons else BitmapMasks(masks.to_ndarray(), height, width),
     )
+    if kind is not None:
+        masks = PolygonMasks([[_diamond(box)] for box in boxes], height, width)
+        bitmaps = kind == 'bitmaps'
+        sample.gt_instances.masks = BitmapMasks(masks.to_ndarray(), height, width) if bitmaps else masks
     sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
     return sample
 

@@ -1,14 +1,17 @@
 """A detector's training sizes: eleven short sides, forward and backward, all once in a pass.
 
 The first pass (cold) meets each size for the first time: libraries choose and compile plans, compilers recompile. Since
-they keep what they found for the whole process, it is measured in a fresh process for each candidate. The passes after
-it (warm) are one interleaved run.
+they keep what they found for the whole process, and compilers on disk too, it is measured in a fresh process with empty
+caches for each candidate. The passes after it (warm) are one interleaved run.
 """
 
 import math
 import multiprocessing
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +25,7 @@ from densekit.benchmark.timing import Call, timed, why
 SHORT_SIDES = tuple(range(480, 801, 32))
 _LONG = 1333 / 800
 _DIVISOR = 32
+_CACHES = ('TRITON_CACHE_DIR', 'TORCHINDUCTOR_CACHE_DIR')
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,21 @@ def one_pass(case: MultiScaleCase, candidate: Candidate, device: torch.device) -
 
 def _cold(case: MultiScaleCase, candidate: Candidate, device: torch.device) -> float:
     context = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(1, mp_context=context) as fresh:
+    with _empty_caches(), ProcessPoolExecutor(1, mp_context=context) as fresh:
         return fresh.submit(_first_pass, case, candidate, str(device), torch.get_num_threads()).result()
+
+
+@contextmanager
+def _empty_caches() -> Iterator[None]:
+    """Processes that start within this context find nothing that Triton and inductor compiled before."""
+    before = {name: os.environ.get(name) for name in _CACHES}
+    with tempfile.TemporaryDirectory(prefix='densekit-cold-', ignore_cleanup_errors=True) as folder:
+        os.environ.update({name: os.path.join(folder, name.lower()) for name in _CACHES})
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _first_pass(case: MultiScaleCase, candidate: Candidate, device: str, threads: int) -> float:

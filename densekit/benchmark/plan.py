@@ -1,6 +1,7 @@
 """What ``make bench`` and ``make bench-gpu`` measure, in tiers, the most important first."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ CASCADE = _CONFIGS / 'detection/cascade_convnext_t_coco.py'
 UPERNET = _CONFIGS / 'segmentation/upernet_convnext_t_ade20k.py'
 
 _BOTH = (True, False)
+_KERNELS = (OURS, f'{OURS} triton')  # on CUDA the first is eager until the kernels are proven
+_ON_TRITON = ('model.backbone.kernels=triton',)
 _SMALL = (1, 224, 224)  # what a CPU is given by default
 _SMALL_SIDES = (96, 128, 160, 192)
 _SMALL_STAGES = ((96, 56, 56), (192, 28, 28), (384, 14, 14), (768, 7, 7))
@@ -48,25 +51,26 @@ def _on_cuda(tier: int, device: torch.device, images: tuple[Images, ...]) -> Seq
     if tier == 3:
         return [BackboneCase('tiny', one, 'fp32', train) for one in images or SATURATED for train in _BOTH]
     if tier == 4:
-        saturated = images or SATURATED[:1]
+        theirs, saturated = _theirs(device), images or SATURATED
         return [
-            *_compiled('tiny', saturated, 'bf16', _theirs(device)),
-            *_compiled('base', saturated, 'bf16', _theirs(device)),
+            *(case for arch in ('tiny', 'base') for case in _compiled(arch, saturated[:1], 'bf16', _KERNELS, theirs)),
             *(
                 BackboneCase('tiny', one, 'bf16', train, ('eager', 'graphed'), ('nhwc',))  # a graph keeps its memory
                 for one in OFFICIAL
                 for train in _BOTH
             ),
+            *(case for arch in ('tiny', 'base') for case in _compiled(arch, saturated[1:], 'bf16', _KERNELS, theirs)),
         ]
     if tier == 5:
         return [MultiScaleCase('tiny', 2, layouts=(layout,)) for layout in ('nhwc', 'nchw')]
     if tier == 6:
         detection, segmentation = images or OFFICIAL[1:], images or (SATURATED[0], OFFICIAL[0])
-        return [
+        steps = [
             *(StepCase(str(MASK_RCNN), one, 'bf16', train) for one in detection for train in _BOTH),
             *(StepCase(str(UPERNET), one, 'bf16', train) for one in segmentation for train in _BOTH),
             *(StepCase(str(CASCADE), one, 'bf16', train) for one in detection for train in _BOTH),
         ]
+        return [*steps, *(replace(step, options=_ON_TRITON) for step in steps)]
     return [DepthwiseCase(8), DepthwiseCase(2), DepthwiseCase(8, 'fp32')]
 
 
@@ -78,7 +82,7 @@ def _on_cpu(tier: int, device: torch.device, images: tuple[Images, ...]) -> Sequ
     if tier == 3:
         return [BackboneCase('tiny', one, 'bf16', train) for one in images for train in _BOTH]
     if tier == 4:
-        return _compiled('tiny', images, 'fp32', ('timm',))  # minutes for each
+        return _compiled('tiny', images, 'fp32', (OURS,), ('timm',))  # minutes for each
     if tier == 5:
         return [MultiScaleCase('tiny', 1, 'fp32', _SMALL_SIDES, layouts=('nhwc',))]
     if tier == 6:
@@ -91,11 +95,11 @@ def _on_cpu(tier: int, device: torch.device, images: tuple[Images, ...]) -> Sequ
     return [DepthwiseCase(1, 'fp32', _SMALL_STAGES)]
 
 
-def _compiled(arch: str, images: Sequence[Images], dtype: str, peers: Sequence[str]) -> list[Case]:
-    """A case for each peer beside ours: compiling takes minutes, and a case is the least that is kept."""
+def _compiled(arch: str, images: Sequence[Images], dtype: str, ours: Sequence[str], peers: Sequence[str]) -> list[Case]:
+    """A case for each peer beside all of ours: compiling takes minutes, and a case is the least that is kept."""
     modes, layouts = ('eager', 'compiled'), ('nhwc',)  # an inductor graph keeps the layout that it is given
     return [
-        BackboneCase(arch, one, dtype, train, modes, layouts, (OURS, peer))
+        BackboneCase(arch, one, dtype, train, modes, layouts, (*ours, peer))
         for one in images
         for train in _BOTH
         for peer in peers

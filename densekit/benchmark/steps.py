@@ -89,9 +89,10 @@ class StepCase:
                     row['parts_error'] = why(error)
         number, height, width = self.images
         what = 'training' if self.training else 'inference'
+        parts = [Path(self.config).stem, what, f'{number} x {height} x {width}', self.dtype, *self.options]
         return {
             'kind': 'step',
-            'title': f'{Path(self.config).stem}, {what}, {number} x {height} x {width}, {self.dtype}',
+            'title': ', '.join(parts),
             'images': number,
             'rows': rows,
             'text': f'Stock is mmdet and mmseg on {_operators()}, with {"; ".join(replaced)}.',
@@ -121,6 +122,9 @@ class Step:
         layout: of the weights; features follow it.
         device: to run on.
         guarded: a training step looks at losses and gradients as :class:`FiniteGuard` has it in each run of ours.
+
+    Raises (when called):
+        ValueError: if batches of one image are too small for a BatchNorm of the model.
     """
 
     def __init__(self, case: StepCase, cfg: Config, layout: str, device: torch.device, guarded: bool = True) -> None:
@@ -130,6 +134,7 @@ class Step:
         self.scope = cfg.get('default_scope', 'mmengine')
         self.cudnn_benchmark = bool(cfg.get('env_cfg', {}).get('cudnn_benchmark'))
         torch.manual_seed(0)
+        cfg = copy.deepcopy(cfg)  # models such as DINO write into what they are built from
         with DefaultScope.overwrite_default_scope(self.scope), _quietly():
             self.model: Any = revert_sync_batchnorm(MODELS.build(cfg.model))
             self.model.init_weights()
@@ -152,7 +157,8 @@ class Step:
         batch = {'inputs': list(self.batch['inputs']), 'data_samples': copy.copy(self.batch['data_samples'])}
         with DefaultScope.overwrite_default_scope(self.scope), _cudnn_benchmark(self.cudnn_benchmark):
             if self.training:
-                return self._train(batch)
+                with _batch_norm_explained():
+                    return self._train(batch)
             with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == 'bf16'):
                 return self.model.test_step(batch)
 
@@ -229,6 +235,20 @@ def _choose_results(model: Any, cfg: Config) -> None:
     for hook in [*cfg.get('default_hooks', {}).values(), *(cfg.get('custom_hooks') or [])]:
         if hook and getattr(class_of(hook['type'], scope, (HOOKS,)), '__name__', '') in _RESULT_HOOKS:
             HOOKS.build(hook).before_test(runner)
+
+
+@contextmanager
+def _batch_norm_explained() -> Iterator[None]:
+    """Within this context PyTorch's error about maps of one value says what to do."""
+    try:
+        yield
+    except ValueError as error:
+        if 'more than 1 value per channel' not in str(error):
+            raise
+        raise ValueError(
+            'a BatchNorm of the model meets a map of one pixel, and with one image has nothing to normalize by: train '
+            f'on 2 images or more, such as --images 2x512x512 (PyTorch: {error})'
+        ) from error
 
 
 @contextmanager

@@ -65,6 +65,8 @@ def load_config(path: str, options: Sequence[str] = ()) -> Config:
     cfg = _read(path)
     for key in parsed:
         _check_option(cfg, key)
+    if any(key.startswith('compile.') for key in parsed) and isinstance(cfg.get('compile'), bool):
+        cfg.compile = {}  # options of compiling are a wish to compile, as they are where a config says nothing of it
     try:
         cfg.merge_from_dict(parsed)
     except (KeyError, IndexError, TypeError, AssertionError) as error:

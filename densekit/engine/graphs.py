@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from mmengine.logging import print_log
@@ -65,13 +66,25 @@ def use_graphs(model: Any, max_shapes: int, capture: Capture | None = None) -> N
         capture: what records; another one for tests.
     """
     if capture is None:
-        capture = partial(torch.cuda.make_graphed_callables, pool=torch.cuda.graph_pool_handle())
+        capture = partial(_capture, pool=torch.cuda.graph_pool_handle())
     model.extract_feat = GraphedFeatures(model, max_shapes, capture)
     print_log(
         f'Backbone and neck run as CUDA graphs in training, for up to {max_shapes} sizes of images; the first step of '
         'each size takes longer. Validation runs without.',
         logger='current',
     )
+
+
+def _capture(function: Callable[..., Any], arguments: tuple[Tensor, ...], pool: Any) -> Callable[..., Any]:
+    """Records as PyTorch does, and leaves other threads alone.
+
+    torch 2.11 records in the mode 'global', in which a call of CUDA by any other thread breaks the recording: that of
+    the thread which pins batches of the next steps, for one. The mode is no argument of make_graphed_callables, which
+    looks up ``torch.cuda.graph`` as it records.
+    """
+    graph = partial(torch.cuda.graph, capture_error_mode='thread_local')
+    with mock.patch.object(torch.cuda, 'graph', graph):
+        return torch.cuda.make_graphed_callables(function, arguments, pool=pool)
 
 
 class GraphedFeatures:

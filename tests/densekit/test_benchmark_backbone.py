@@ -1,5 +1,8 @@
 import json
+import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,13 +12,13 @@ from torch import nn
 
 from backbones import ARCHS, ConvNeXt
 from backbones.folding import FoldedBlock
-from densekit.benchmark import chart, machine, peers, run
+from densekit.benchmark import chart, machine, multiscale, peers, run
 from densekit.benchmark.backbone import BackboneCase, best_forms, step
 from densekit.benchmark.case import Candidate, Settings, measure_rows, parse_images, written
 from densekit.benchmark.depthwise import DIRECTIONS, DepthwiseCase, Operation
 from densekit.benchmark.launches import count, covered
 from densekit.benchmark.memory import peak_bytes
-from densekit.benchmark.multiscale import sizes
+from densekit.benchmark.multiscale import MultiScaleCase, sizes
 from densekit.benchmark.peaks import Peaks, measure
 from densekit.benchmark.plan import cases_of
 from densekit.benchmark.roofline import FORMS, Rates, depthwise_floor, floor
@@ -272,6 +275,30 @@ def test_sizes_of_a_multi_scale_pass():
     assert sizes(2, (480, 800)) == [(2, 480, 800), (2, 800, 1344)]
 
 
+@pytest.mark.parametrize('before', [None, '/a/warm/cache'])
+def test_a_cold_pass_finds_nothing_compiled(monkeypatch, before):
+    names = ('TRITON_CACHE_DIR', 'TORCHINDUCTOR_CACHE_DIR')
+    for name in names:
+        monkeypatch.setenv(name, before) if before else monkeypatch.delenv(name, raising=False)
+    found = []
+
+    class Pool(ThreadPoolExecutor):  # a process takes over the environment that is there when it starts
+        def __init__(self, *args, **kwargs):
+            super().__init__()
+
+        def submit(self, *args):
+            found.append([Path(os.environ[name]) for name in names])
+            assert not any(path.exists() and list(path.iterdir()) for path in found[-1])
+            return super().submit(found[-1][0].mkdir)  # is filled
+
+    monkeypatch.setattr(multiscale, 'ProcessPoolExecutor', Pool)
+    for _ in range(2):
+        multiscale._cold(MultiScaleCase('atto', 1), Candidate('densekit'), CPU)
+        assert [os.environ.get(name) for name in names] == [before] * 2
+    paths = [path for pair in found for path in pair]
+    assert len(set(paths)) == 4 and not any(path.exists() for path in paths)
+
+
 def test_images():
     assert parse_images('2x800X1333') == (2, 800, 1333) and written((2, 800, 1333)) == '2x800x1333'
     for text in ('800x1333', '0x2x2', '2x3x', 'ax2x2'):
@@ -289,7 +316,30 @@ def test_the_plan_has_no_case_twice(device):
     assert len(keys) == len(set(keys)) and len(keys) > 10
     if device.type == 'cuda':
         assert len([key for key in keys if '8x800x1344' in key]) >= 5
-        assert any('+compiled nhwc of densekit+torchvision' in key for key in keys)
+
+
+def test_compiled_peers_run_beside_our_kernels_on_cuda():
+    cases = [case for case in cases_of(4, torch.device('cuda', 0)) if 'compiled' in case.modes]
+    assert {case.peers[:-1] for case in cases} == {('densekit', 'densekit triton')}
+    assert {case.peers[-1] for case in cases} == {name for name in BUILDERS if 'densekit' not in name}
+    assert {(case.arch, case.images, case.training) for case in cases} == {
+        (arch, images, training)
+        for arch in ('tiny', 'base')
+        for images in ((16, 512, 512), (8, 800, 1344))
+        for training in (True, False)
+    }
+    assert set(cases[0].peers) <= set(peers.builders(torch.device('cuda', 0))[0])
+    assert {case.peers for case in cases_of(4, CPU)} == {('densekit', 'timm')}  # which has no such kernels
+
+
+def test_steps_on_cuda_run_with_our_kernels_too():
+    cases = cases_of(6, torch.device('cuda', 0))
+    half = len(cases) // 2
+    assert not any(case.options for case in cases[:half])
+    assert [replace(case, options=()) for case in cases[half:]] == cases[:half]
+    default, kernels = cases[0].ours(), cases[half].ours()
+    assert default.model.backbone.get('kernels', 'auto') == 'auto' and kernels.model.backbone.kernels == 'triton'
+    assert not any(case.options for case in cases_of(6, CPU))
 
 
 def test_the_plan_takes_other_sizes():

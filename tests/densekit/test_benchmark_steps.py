@@ -1,6 +1,7 @@
 import densekit.ops  # noqa: F401  before mmdet
 
 # isort: split
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,7 @@ from densekit.evaluation.rle import RleMasks
 from densekit.models import ExactRPNHead, RleMaskHead
 
 CPU = torch.device('cpu')
+CONFIGS = Path(__file__).parents[2] / 'configs/detection'
 PEAKS = Peaks(copy=1e10, fp32=1e11, bf16=2e11)
 IMAGES = (2, 64, 96)
 
@@ -68,7 +70,10 @@ def test_a_detector_beside_its_stock_form(det, dtype, training):
 
 @pytest.mark.parametrize('training', [True, False])
 def test_a_segmentor_beside_its_stock_form(seg, training):
-    record = StepCase(seg, IMAGES, 'bf16', training, layouts=('nchw',)).measure(Settings(CPU, PEAKS, 1, 0.0))
+    option = 'model.backbone.kernels=eager'
+    case = StepCase(seg, IMAGES, 'bf16', training, layouts=('nchw',), options=(option,))
+    record = case.measure(Settings(CPU, PEAKS, 1, 0.0))
+    assert record['title'].endswith(f'2 x 64 x 96, bf16, {option}')  # two cases of a results file differ in it alone
     assert [row.get('error') for row in record['rows']] == [None] * (2 if training else 3)
     assert {'data', 'backbone', 'decode head'} <= set(record['rows'][0]['parts'])
 
@@ -304,6 +309,70 @@ def test_batches(det, seg):
     assert labels.shape == (1, 64, 96) and set(labels.unique().tolist()) <= {0, 1, 2, 3, 4, 5, 255}
 
 
+@pytest.mark.parametrize(
+    ('pipeline', 'kind'),
+    [
+        ([dict(type='LoadAnnotations', with_bbox=True)], None),
+        ([dict(type='mmdet.LoadAnnotations', with_bbox=True, with_mask=False)], None),
+        ([dict(type='LoadAnnotations', with_mask=True)], BitmapMasks),
+        ([dict(type='LoadPanopticAnnotations', with_mask=True)], BitmapMasks),
+        ([dict(type='mmdet.LoadAnnotations', with_mask=True, poly2mask=False)], PolygonMasks),
+    ],
+)
+def test_masks_are_those_that_the_pipeline_loads(det, pipeline, kind):
+    cfg = load_config(det)
+    cfg.train_dataloader.dataset.pipeline = pipeline
+    truth = make_batch(cfg, IMAGES)['data_samples'][0].gt_instances
+    assert isinstance(truth.masks, kind) if kind else 'masks' not in truth
+
+
+SMALL = dict(depths=(1, 1, 1, 1), channels=(8, 16, 32, 32))
+GROUPS = dict(norm_cfg=dict(num_groups=4))
+SMALL_BACKBONE = dict(_delete_=True, type='ConvNeXt', arch=SMALL, out_indices=(1, 2, 3))
+LAYERS = dict(num_layers=1, layer_cfg=dict(ffn_cfg=dict(feedforward_channels=16)))
+ONE_STAGE = {
+    'rtmdet_l_convnext_b_coco': dict(
+        neck=dict(in_channels=[16, 32, 32], out_channels=32, num_csp_blocks=1, **GROUPS),
+        bbox_head=dict(in_channels=32, feat_channels=32, **GROUPS),
+    ),
+    'dino_convnext_t_12e_coco': dict(
+        num_queries=120, neck=dict(in_channels=[16, 32, 32]), encoder=LAYERS, decoder=LAYERS
+    ),
+}
+
+
+@pytest.mark.parametrize('recipe', ONE_STAGE)
+def test_detectors_without_masks(quick_mmengine, tmp_path, recipe):
+    """Both are built from one config: DINO writes into what it is built from."""
+    base = CONFIGS / f'{recipe}.py'
+    path = tmp_path / 'small.py'
+    path.write_text(f'_base_ = {str(base)!r}\nmodel = {dict(backbone=SMALL_BACKBONE, **ONE_STAGE[recipe])}\n')
+    case = StepCase(str(path), IMAGES, 'fp32')
+    cfg = case.ours()
+    before = cfg.pretty_text
+    Step(case, cfg, 'nchw', CPU)
+    assert cfg.pretty_text == before
+    losses = Step(case, cfg, 'nchw', CPU)()
+    assert all(torch.isfinite(loss).all() for loss in losses.values())
+
+
+def test_one_image_is_too_few_for_a_batch_norm(seg):
+    step = StepCase(seg, (1, 64, 64), 'fp32').build(CPU)
+    with pytest.raises(ValueError, match=r'BatchNorm .* train on 2 images or more'):
+        step()
+
+
+def test_other_errors_of_a_step_stay(seg, monkeypatch):
+    step = StepCase(seg, IMAGES, 'fp32').build(CPU)
+
+    def fail(*_):
+        raise ValueError('something else')
+
+    monkeypatch.setattr(step.model, 'train_step', fail)
+    with pytest.raises(ValueError, match=r'^something else$'):
+        step()
+
+
 def test_proposals_lie_on_the_truth():
     boxes = torch.tensor([[0.0, 0.0, 10.0, 20.0], [50.0, 50.0, 60.0, 60.0]])
     found = jittered_truth(boxes, 5)
@@ -321,10 +390,27 @@ def test_planned_memory_is_what_a_step_keeps(det, dtype, with_cp):
 
 
 def test_what_a_step_keeps(det):
-    plain, checkpointed = (
-        fit.kept_bytes(fit._case(det, (1, 96, 96), 'fp32', with_cp, ()).build(CPU)) for with_cp in (False, True)
-    )
-    assert checkpointed < 0.8 * plain
+    choices = (False, (0,), (0, 1), True)
+    assert fit._choices(load_config(det)) == choices
+    kept = [fit.kept_bytes(fit._case(det, (1, 96, 96), 'fp32', with_cp, ()).build(CPU)) for with_cp in choices]
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == 4
+    assert kept[-1] < 0.8 * kept[0]
+
+
+def test_what_a_backbone_can_checkpoint(det):
+    cfg = load_config(det)
+    cfg.model.backbone = dict(type='ConvNeXtIsotropic')
+    assert fit._choices(cfg) == (False, True)
+    cfg.model.backbone = dict(type='MobileNetV2')
+    assert fit._choices(cfg) == (False, True)
+    cfg.model.backbone = dict(type='SSDVGG')
+    assert fit._choices(cfg) == (None,)
+
+
+def test_without_checkpoints_a_config_that_has_them_loses_them(det):
+    case = fit._case(det, (1, 96, 96), 'fp32', False, ('model.backbone.with_cp=True',))
+    assert case.ours().model.backbone.with_cp is False
+    assert fit._case(det, (1, 96, 96), 'fp32', None, ()).options == ()
 
 
 def test_kept_bytes_are_those_of_autograd():
@@ -359,6 +445,9 @@ def test_batches_that_fit():
     assert need.largest_batch(2**30) == 0
     text = fit.report('a.py', 10 * 2**30, (64, 96), [need])
     assert 'python tools/train.py a.py --amp bf16 --cfg-options train_dataloader.batch_size=7' in text
+    assert '"model.backbone.with_cp=False"' in text
+    stages = fit.Need('fp32', (0, 1), fixed=2 * 2**30, kept=0, per_image=2**30)
+    assert 'batch_size=7 "model.backbone.with_cp=[0,1]"' in fit.report('a.py', 10 * 2**30, (64, 96), [stages])
     assert 'Not one image fits' in fit.report('a.py', 2**30, (64, 96), [need])
 
 

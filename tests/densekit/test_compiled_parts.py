@@ -122,6 +122,17 @@ def test_each_size_by_itself(compiled_model, caplog):
     assert graphs() == limit < len(ELEVEN)
 
 
+@pytest.mark.parametrize('part', PARTS)
+def test_frozen_stages(compiled_model, part):
+    """Those of a part that is compiled, and of one before it."""
+    ours, model = compiled_model(False, parts=(part,), frozen_stages=1)
+    found, expected = (loss_and_gradients(one.train(), images(ELEVEN[0])) for one in (ours, model))
+    assert_equal(found, expected, 1e-5)
+    assert graphs() == 1
+    names = [name for name, _ in model.named_parameters() if name.startswith('backbone.')]
+    assert 0 < sum(name in found[1] for name in names) < len(names)
+
+
 def test_in_bf16(compiled_model):
     ours, model = compiled_model()
     x = images(ELEVEN[0])
@@ -234,10 +245,35 @@ def test_a_run(tool, tiny, tmp_path, quick_mmengine, capsys, backend):
     assert close(ours, eager) and close(to_eager, eager) and close(back, eager)
 
 
+def test_a_run_with_averaged_weights(tool, tiny, tmp_path, quick_mmengine, backend):
+    config = tmp_path / 'averaged.py'
+    config.write_text(f"_base_ = {tiny.seg!r}\ncustom_hooks = [dict(type='EMAHook', momentum=0.5)]\n")
+    argv = ('--compile', '--cfg-options', 'compile.parts=[auxiliary_head]')
+    averaged = []
+    for folder, options in ((tmp_path / 'eager', ()), (tmp_path / 'compiled', argv)):
+        averaged.append(run(tool, config, folder, *options))
+        last = torch.load(folder / 'iter_4.pth', weights_only=False)['ema_state_dict']
+        key = 'auxiliary_head.conv_seg.weight'
+        assert not torch.allclose(averaged[-1][key], last[f'module.{key}'], rtol=1e-3)
+    assert graphs() == 1 + (backend == 'inductor')
+    assert close(*averaged)
+
+
 def model_of(config):
     cfg = load_config(config)
     init_default_scope(cfg.default_scope)
     return cfg, MODELS.build(cfg.model)
+
+
+@pytest.mark.parametrize('given', [True, False])
+def test_options_beside_a_bool_in_the_config(tiny, tmp_path, given):
+    config = tmp_path / 'given.py'
+    config.write_text(f'_base_ = {tiny.seg!r}\ncompile = {given}\n')
+    assert load_config(str(config), ['compile.dynamic=False', 'compile.parts=[backbone]']).compile == {
+        'dynamic': False,
+        'parts': ['backbone'],
+    }
+    assert load_config(str(config)).compile is given
 
 
 def test_what_is_compiled_by_default(tiny):

@@ -1,10 +1,13 @@
 """Backbone and neck as CUDA graphs: which graph runs when, with a stand-in on the CPU that has a graph's dangers."""
 
+import contextlib
 import copy
+import threading
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from backbones import ConvNeXt
 from densekit.engine import graphs
@@ -333,6 +336,30 @@ def test_autocast(model):
     assert recorder.recorded == 2
 
 
+class StandIn(contextlib.nullcontext):
+    """In the place of what PyTorch records with; keeps what it is given."""
+
+    made: list[dict] = []
+
+    def __init__(self, *_, **options):
+        super().__init__()
+        self.made.append(options)
+
+
+def test_recording_leaves_other_threads_alone(model, monkeypatch):
+    """PyTorch's own function, with stand-ins for all that needs a GPU."""
+    monkeypatch.setattr(StandIn, 'made', [])
+    monkeypatch.setattr(torch.cuda, 'graph_pool_handle', lambda: 'pool')
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
+    for name in ('CUDAGraph', 'Stream', 'stream'):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, 'graph', StandIn)
+    use_graphs(model, 1)
+    model.extract_feat._recording_for(images(SIZES[0]))
+    assert StandIn.made == 2 * [{'pool': 'pool', 'capture_error_mode': 'thread_local'}]  # forward and backward
+    assert torch.cuda.graph is StandIn
+
+
 def with_hook(model):
     model.backbone.stages[0][0].register_forward_hook(lambda *_: None)
 
@@ -409,3 +436,40 @@ def test_real_graphs_share_their_memory(model):
         model.zero_grad()
         held.append(torch.cuda.memory_reserved())
     assert held[-1] < 2 * held[0]
+
+
+class Noise:
+    """A data set."""
+
+    def __len__(self):
+        return 100000
+
+    def __getitem__(self, index):
+        return torch.full((3, 64, 64 + index % 7), float(index))  # of many sizes, for which memory is pinned anew
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_real_graphs_beside_a_loader_that_pins(model):
+    loader = DataLoader(Noise(), batch_size=None, num_workers=1, pin_memory=True)
+    enough, pinned = threading.Event(), []
+
+    def load():
+        for batch in loader:
+            pinned.append(batch.is_pinned())
+            if enough.is_set():
+                return
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    try:
+        model = model.cuda()
+        use_graphs(model, 16)
+        for i in range(16):
+            loss_of(model, (2, 3, 32, 32 + 16 * i)).backward()
+            model.zero_grad()
+    finally:
+        enough.set()
+        thread.join()
+    assert len(model.extract_feat.graphs) == 16
+    assert pinned and all(pinned)

@@ -54,10 +54,12 @@ def test_fit(tool, tiny, quick_mmengine, capsys, monkeypatch):
     from densekit.benchmark import fit
 
     monkeypatch.setattr(fit, '_SIDES', (64, 96))
+    monkeypatch.setattr(fit, '_STAGES', (False, (0, 1)))
     assert tool('benchmark', '--fit', '1GiB', tiny.det, '--images', '1x100x96', '--device', 'cpu') == 0
     out = capsys.readouterr().out
     assert 'images of 128 x 96' in out  # padded as the model pads
-    assert out.count('python tools/train.py') == 4 and 'model.backbone.with_cp=True' in out
+    assert out.count('python tools/train.py') == 4
+    assert all(out.count(f'"model.backbone.with_cp={stages}"') == 2 for stages in ('False', '[0,1]'))
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,8 @@ def test_fit(tool, tiny, quick_mmengine, capsys, monkeypatch):
         (('--step', 'no_such.py', '--images', '1x32x32'), 'config no_such.py does not exist'),
         (('--data', 'no_such.py'), 'config no_such.py does not exist'),
         (('--fit', 'much', 'no_such.py'), '--fit much'),
+        (('--fit', '1GiB', 'no_such.py', '--images', '1x32x32', '1x64x64'), '--fit plans for one size; give one'),
+        (('--waits', 'no_such.py', '--images', '1x32x32', '1x64x64'), '--waits counts for one size; give one'),
     ],
 )
 def test_mistakes(tool, capsys, argv, said):
