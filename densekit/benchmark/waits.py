@@ -5,7 +5,13 @@ does next (``item()``, ``nonzero``, selection by a mask) and when it copies from
 
 Here a model runs on a pretended CUDA device: its tensors say that they are on one, so that code takes the ways it takes
 there, and are computed on the CPU. Copies between both, and the operations of which the size of the result depends on
-numbers, are counted by the rules of PyTorch's CUDA code, which torch.cuda.set_sync_debug_mode reports too.
+numbers, are counted by the rules of PyTorch's CUDA code.
+
+A copy to the device that does not block (``non_blocking=True``) is counted if it is of more than 64 KiB of memory that
+is not pinned: CUDA then may wait for the work before it. torch.cuda.set_sync_debug_mode does not report these. What is
+smaller CUDA takes into a buffer of its own, and the host goes on (CUDA C++ Programming Guide, "Concurrent Execution
+between Host and Device"): such are the boxes and labels of an image. Images are pinned, as a run's data loader does it
+(:meth:`densekit.engine.runner.DensekitRunner.build_dataloader`); mmengine's data samples it leaves as they are.
 """
 
 import sys
@@ -26,6 +32,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from densekit.benchmark.case import Images
 from densekit.benchmark.peers import OURS
@@ -34,6 +41,7 @@ from densekit.benchmark.stock import stock_form
 
 DEVICE = torch.device('cuda', 0)
 _BENEATH = torch.device('meta')  # what PyTorch's C++ code takes the pretended device for: it has no driver to ask
+_STAGED_BYTES = 64 * 1024  # up to which CUDA copies from memory that is not pinned without waiting
 _ROOT = Path(__file__).parents[2]
 _NOT_COUNTED = str(Path(__file__).parent)  # what the benchmark itself waits for
 _PLUMBING = ('/torch/', '/mmcv/ops/', '/densekit/ops/', '/mmengine/structures/')  # asks on somebody's behalf
@@ -62,6 +70,22 @@ class Waits(Counter[tuple[str, str]]):
         """Counts one, for the sake of the innermost line outside of PyTorch and what only passes calls on."""
         if (line := _asked_by()) is not None:
             self[line, operation] += 1
+
+
+class Pinned(dict[int, Tensor]):
+    """Memory on the host that was pinned: ``{its address: a tensor that keeps it}``."""
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        """A copy in pinned memory; the tensor itself if it is there."""
+        if tensor in self:
+            return tensor
+        pinned = tensor.clone()
+        self[pinned.untyped_storage().data_ptr()] = pinned
+        return pinned
+
+    def __contains__(self, tensor: object) -> bool:
+        """Whether a tensor lies in such memory, maybe as a part of another."""
+        return isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() in self.keys()
 
 
 class PretendedTensor(Tensor):
@@ -103,8 +127,8 @@ class PretendedTensor(Tensor):
 @contextmanager
 def pretended_cuda() -> Iterator[Waits]:
     """Within this context tensors can be on :data:`DEVICE`, and what makes the host wait for it is counted."""
-    waits = Waits()
-    with mock.patch.object(InstanceData, '__getitem__', _chosen), _Beneath(waits), _Calls(waits):
+    waits, pinned = Waits(), Pinned()
+    with mock.patch.object(InstanceData, '__getitem__', _chosen), _Beneath(waits, pinned), _Calls(waits, pinned):
         yield waits
 
 
@@ -124,9 +148,10 @@ def _chosen(instances: InstanceData, item: Any) -> InstanceData:
 class _Calls(TorchFunctionMode):
     """Calls of PyTorch's functions: gives them the device that they know, and makes from Python's numbers tensors."""
 
-    def __init__(self, waits: Waits) -> None:
+    def __init__(self, waits: Waits, pinned: Pinned) -> None:
         super().__init__()
         self.waits = waits
+        self.pinned = pinned
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map_only(torch.device, _beneath, (args, kwargs or {}))
@@ -139,8 +164,10 @@ class _Calls(TorchFunctionMode):
         if func is Tensor.tolist and isinstance(args[0], PretendedTensor):
             self.waits.add('tolist')
             return args[0].host.tolist()
-        if func in (Tensor.pin_memory, Tensor.is_pinned):
-            return args[0] if func is Tensor.pin_memory else False
+        if func is Tensor.pin_memory:
+            return self.pinned.pin(args[0])
+        if func is Tensor.is_pinned:
+            return args[0] in self.pinned
         return func(*args, **kwargs)
 
     def _made_on_the_host(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -162,9 +189,10 @@ class _Calls(TorchFunctionMode):
 class _Beneath(TorchDispatchMode):
     """Operations, forward and backward: computes them on the CPU."""
 
-    def __init__(self, waits: Waits) -> None:
+    def __init__(self, waits: Waits, pinned: Pinned) -> None:
         super().__init__()
         self.waits = waits
+        self.pinned = pinned
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -172,7 +200,7 @@ class _Beneath(TorchDispatchMode):
         pretended = any(isinstance(tensor, PretendedTensor) for tensor in tensors)
         target = kwargs.get('device')
         if pretended or target == _BENEATH:
-            for operation in _waits_of(func, args, kwargs, target):
+            for operation in self._waits_of(func, args, kwargs, target):
                 self.waits.add(operation)
         given = kwargs | ({'device': torch.device('cpu')} if target is not None else {})
         host_args, host_kwargs = tree_map_only(PretendedTensor, lambda tensor: tensor.host, (args, given))
@@ -182,33 +210,35 @@ class _Beneath(TorchDispatchMode):
         result = tree_map_only(Tensor, PretendedTensor, result)
         return return_and_correct_aliasing(func, args, kwargs, result) if pretended and target is None else result
 
+    def _waits_of(self, func: Any, args: Any, kwargs: Mapping[str, Any], target: torch.device | None) -> Iterator[str]:
+        """The names of the waits of an operation, as PyTorch 2.11 has it on CUDA."""
+        name = func._schema.name
+        if name in _SIZED_BY_NUMBERS:
+            yield name.partition('::')[2].strip('_')
+        elif name == 'aten::repeat_interleave' and kwargs.get('output_size') is None:
+            yield 'repeat_interleave'
+        elif name == 'aten::_to_copy' and target is not None:
+            yield from self._copy(args[0], target == _BENEATH, kwargs.get('non_blocking', False))
+        elif name == 'aten::copy_':
+            to_device, from_device = (isinstance(part, PretendedTensor) for part in args[:2])
+            if to_device != from_device:
+                non_blocking = args[2] if len(args) > 2 else kwargs.get('non_blocking', False)
+                yield from self._copy(args[1], to_device, non_blocking)
+        elif name in _INDEXING:
+            yield from _indexing(name, args)
+
+    def _copy(self, source: Tensor, to_device: bool, non_blocking: bool) -> Iterator[str]:
+        if isinstance(source, PretendedTensor):
+            if not to_device:
+                yield 'copy to the host'  # also if not blocking: who reads it has to wait
+        elif to_device and not non_blocking:
+            yield 'copy to the device'
+        elif to_device and source.nbytes > _STAGED_BYTES and source not in self.pinned:
+            yield 'copy of unpinned memory'
+
 
 def _beneath(device: torch.device) -> torch.device:
     return _BENEATH if device.type == 'cuda' else device
-
-
-def _waits_of(func: Any, args: Any, kwargs: Mapping[str, Any], target: torch.device | None) -> Iterator[str]:
-    """The names of the waits of an operation, as PyTorch 2.11 has it on CUDA."""
-    name = func._schema.name
-    if name in _SIZED_BY_NUMBERS:
-        yield name.partition('::')[2].strip('_')
-    elif name == 'aten::repeat_interleave' and kwargs.get('output_size') is None:
-        yield 'repeat_interleave'
-    elif name == 'aten::_to_copy' and target is not None:
-        yield from _copy(args[0], target == _BENEATH, kwargs.get('non_blocking', False))
-    elif name == 'aten::copy_':
-        to_device, from_device = (isinstance(part, PretendedTensor) for part in args[:2])
-        if to_device != from_device:
-            yield from _copy(args[1], to_device, args[2] if len(args) > 2 else kwargs.get('non_blocking', False))
-    elif name in _INDEXING:
-        yield from _indexing(name, args)
-
-
-def _copy(source: Tensor, to_device: bool, non_blocking: bool) -> Iterator[str]:
-    if isinstance(source, PretendedTensor) and not to_device:
-        yield 'copy to the host'  # also if not blocking: the memory that it goes to is not pinned
-    elif not isinstance(source, PretendedTensor) and to_device and not non_blocking:
-        yield 'copy to the device'
 
 
 def _indexing(name: str, args: Any) -> Iterator[str]:
@@ -251,6 +281,7 @@ def waits_of_step(case: StepCase, cfg: Config, *, ours: bool) -> Waits:
     """
     with pretended_cuda() as waits:
         step = Step(case, cfg, 'nchw', DEVICE, guarded=ours)
+        step.batch = pin_memory(step.batch)
         for _ in range(2):
             waits.clear()
             outputs = step()
@@ -284,7 +315,7 @@ def report(config: str, images: Images, options: tuple[str, ...] = ()) -> str:
         ]
         for name, found in ((STOCK, stock), (OURS, ours)):
             lines += [
-                f'  {number:4d}  {name:8s}  {operation:20s}  {line}'
+                f'  {number:4d}  {name:8s}  {operation:23s}  {line}'
                 for (line, operation), number in found.most_common()
             ]
     return '\n'.join(lines)

@@ -12,6 +12,7 @@ from mmengine.registry import TASK_UTILS
 from torch import Tensor
 
 from densekit.models.boxes import overlaps as overlaps_of
+from densekit.models.overrides import unchanged
 
 
 @TASK_UTILS.register_module()
@@ -24,7 +25,12 @@ class WholeMaxIoUAssigner(MaxIoUAssigner):
 
     @property
     def plain(self) -> bool:
-        """Whether only IoUs decide, on the device: no regions to be left out, no repeated objects."""
+        """Whether only IoUs decide, on the device: no regions to be left out, no repeated objects.
+
+        Not in subclasses that assign otherwise.
+        """
+        if not unchanged(self, WholeMaxIoUAssigner, 'assign', 'assign_wrt_overlaps'):
+            return False
         usual = type(self.iou_calculator) is BboxOverlaps2D and self.iou_calculator.dtype is None
         return usual and self.gpu_assign_thr <= 0 and self.ignore_iof_thr <= 0 and self.perm_repeat_gt_cfg is None
 

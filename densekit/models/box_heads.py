@@ -15,6 +15,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 from densekit.models.boxes import box_loss, positions, scaled, suppressed
+from densekit.models.overrides import unchanged
 
 
 class WholeBoxes(BBoxHead):
@@ -22,7 +23,8 @@ class WholeBoxes(BBoxHead):
 
     mmdet's (3.3.0) looks at the labels to find out which boxes have an object; the sampler knows it. With
     :class:`DeviceBoxCoder` the host does not wait in training. In inference it does twice for each image: for the
-    number of boxes with a score, and in the suppression.
+    number of boxes with a score, and in the suppression. A subclass with a ``loss`` or targets of its own goes mmdet's
+    way.
     """
 
     def loss_and_target(
@@ -50,16 +52,16 @@ class WholeBoxes(BBoxHead):
             ``loss_bbox``, the losses by name, and ``bbox_targets``, as of mmdet's.
         """
         usual = isinstance(cls_score, Tensor) and isinstance(bbox_pred, Tensor) and concat and not reduction_override
-        if not usual or self.custom_activation or not len(rois):
+        same = unchanged(self, BBoxHead, 'loss', 'get_targets', '_get_targets_single')
+        if not usual or not same or self.custom_activation or not len(rois):
             return super().loss_and_target(
                 cls_score, bbox_pred, rois, sampling_results, rcnn_train_cfg, concat, reduction_override
             )
         targets = self.get_targets(sampling_results, rcnn_train_cfg)
         labels, weights, truth, box_weights = targets
-        losses = {
-            'loss_cls': self.loss_cls(cls_score, labels, weights, avg_factor=float(len(labels))),  # no weight is 0
-            'acc': accuracy(cls_score, labels),
-        }
+        loss = self.loss_cls(cls_score, labels, weights, avg_factor=float(len(labels)))  # no weight is 0
+        losses = dict(loss) if isinstance(loss, dict) else {'loss_cls': loss}
+        losses['acc'] = accuracy(cls_score, labels)
         chosen = _with_objects(sampling_results, rois.device)
         if len(chosen):
             boxes = bbox_pred.view(len(bbox_pred), -1, truth.shape[1])

@@ -105,7 +105,7 @@ def box_loss(loss: nn.Module, boxes: Tensor, truth: Tensor, weight: Tensor, avg_
     return loss.loss_weight * function(boxes, truth, weight, reduction=loss.reduction, avg_factor=avg_factor)
 
 
-def suppressed(boxes: Tensor, scores: Tensor, groups: Tensor, cfg: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def suppressed(boxes: Tensor, scores: Tensor, groups: Tensor, cfg: Mapping[str, Any] | None) -> tuple[Tensor, Tensor]:
     """Non-maximum suppression within each group, as mmcv's ``batched_nms``.
 
     The host waits once, within torchvision's operator for CUDA, which needs to know how many boxes stay.
@@ -114,11 +114,14 @@ def suppressed(boxes: Tensor, scores: Tensor, groups: Tensor, cfg: Mapping[str, 
         boxes: ``(n, 4)``, n at least 1.
         scores: ``(n,)``.
         groups: ``(n,)``: levels or classes.
-        cfg: ``type`` and the arguments of one of mmcv's operators. Others than plain ``nms`` are left to mmcv.
+        cfg: ``type`` and the arguments of one of mmcv's operators. Others than plain ``nms`` are left to mmcv,
+            and so is None, by which boxes are sorted only.
 
     Returns:
         ``(k, 5)``, boxes with scores, by descending score, and their indices.
     """
+    if cfg is None:
+        return batched_nms(boxes, scores, groups, None)
     rest = {key: value for key, value in cfg.items() if key not in ('type', 'class_agnostic', 'split_thr')}
     plain = cfg.get('type', 'nms') == 'nms' and not cfg.get('class_agnostic')
     if not plain or len(boxes) >= cfg.get('split_thr', SPLIT_AT):

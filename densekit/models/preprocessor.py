@@ -31,10 +31,11 @@ class DeviceDetDataPreprocessor(DetDataPreprocessor):
 
         Args:
             data: ``inputs``, a list of ``(3, H, W)`` or a tensor ``(N, 3, H, W)``, and ``data_samples``.
+                Images of another number of channels are left to mmdet.
             training: masks are padded too.
         """
         swap: bool = self._channel_conversion  # type: ignore[has-type]
-        if not swap:
+        if not swap or any(len(image) != 3 for image in data['inputs']):
             return super().forward(data, training)
         data = self.cast_data(data)
         inputs = data['inputs']

@@ -34,7 +34,7 @@ class WholeRoIHead(StandardRoIHead):
             rpn_results_list: of each image, with ``bboxes``, which become ``priors``.
             batch_data_samples: of each image, with ``gt_instances``.
         """
-        if not isinstance(self.bbox_sampler, WholeRandomSampler) or not self.with_bbox:
+        if not _whole(self.bbox_sampler) or not self.with_bbox:
             return super().loss(x, rpn_results_list, batch_data_samples)
         truths, ignored, _ = unpack_gt_instances(batch_data_samples)
         samples = _drawn(self.bbox_assigner, self.bbox_sampler, rpn_results_list, truths, ignored)
@@ -56,8 +56,7 @@ class WholeCascadeRoIHead(CascadeRoIHead):
         self, x: Sequence[Tensor], rpn_results_list: Sequence[Any], batch_data_samples: Sequence[Any]
     ) -> dict[str, Any]:
         """Losses by stage and name; the arguments are those of :meth:`WholeRoIHead.loss`."""
-        whole = all(isinstance(sampler, WholeRandomSampler) for sampler in self.bbox_sampler)
-        if not whole or not self.with_bbox:
+        if not all(map(_whole, self.bbox_sampler)) or not self.with_bbox:
             return super().loss(x, rpn_results_list, batch_data_samples)
         truths, ignored, metas = unpack_gt_instances(batch_data_samples)
         losses: dict[str, Any] = {}
@@ -107,6 +106,10 @@ class WholeCascadeRoIHead(CascadeRoIHead):
                 rois = torch.cat([rois[:, :1], torch.cat(moved)], dim=1)
         means = [sum(of_image) / float(len(scores)) for of_image in zip(*scores, strict=True)]
         return parts[0], means, parts[2]
+
+
+def _whole(sampler: Any) -> bool:
+    return isinstance(sampler, WholeRandomSampler) and sampler.whole
 
 
 def _drawn(

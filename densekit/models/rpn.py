@@ -24,6 +24,7 @@ from torch import Tensor
 
 from densekit.models.assigner import WholeMaxIoUAssigner
 from densekit.models.boxes import box_loss, positions, scaled, suppressed
+from densekit.models.overrides import unchanged
 from densekit.models.sampler import WholeRandomSampler
 
 
@@ -85,8 +86,8 @@ class ExactRPNHead(RPNHead):
         Raises:
             ValueError: if no anchor is within an image.
         """
-        whole = isinstance(self.assigner, WholeMaxIoUAssigner) and self.assigner.plain and unmap_outputs
-        if not whole or not isinstance(self.sampler, WholeRandomSampler) or not isinstance(anchor_list[0][0], Tensor):
+        usual = unmap_outputs and isinstance(anchor_list[0][0], Tensor)
+        if not usual or not self._is_whole():
             return super().get_targets(
                 *(anchor_list, valid_flag_list, batch_gt_instances, batch_img_metas, batch_gt_instances_ignore),
                 unmap_outputs=unmap_outputs,
@@ -114,6 +115,12 @@ class ExactRPNHead(RPNHead):
         by_level = [images_to_levels(list(target), sizes) for target in targets]
         found = (*by_level, sum(sample.avg_factor for sample in samples))
         return (*found, samples) if return_sampling_results else found
+
+    def _is_whole(self) -> bool:
+        """Whether nothing has a way of its own by which targets are made image by image."""
+        assigned = isinstance(self.assigner, WholeMaxIoUAssigner) and self.assigner.plain
+        drawn = isinstance(self.sampler, WholeRandomSampler) and self.sampler.whole
+        return assigned and drawn and unchanged(self, RPNHead, '_get_targets_single')
 
     def _targets(self, anchors: Tensor, sample: SamplingResult) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Labels ``(anchors,)``, their weights, offsets ``(anchors, 4)`` and their weights, of one image."""
@@ -178,6 +185,8 @@ class ExactRPNHead(RPNHead):
         """
         self._move_anchors(cls_scores[0].device)
         found = super().predict_by_feat(cls_scores, *args, cfg=cfg, **kwargs)
+        if not unchanged(self, ExactRPNHead, '_bbox_post_process'):
+            return found
         cfg = self.test_cfg if cfg is None else cfg
         least = cfg.get('min_bbox_size', -1)
         if least >= 0:
@@ -192,7 +201,9 @@ class ExactRPNHead(RPNHead):
     def _bbox_post_process(
         self, results: InstanceData, cfg: Any, rescale: bool = False, with_nms: bool = True, img_meta: Any = None
     ) -> InstanceData:
-        """All candidates of an image; :meth:`predict_by_feat` goes on with those of all images."""
+        """All candidates of an image; :meth:`predict_by_feat` goes on with those of all images. Not in subclasses."""
+        if not unchanged(self, ExactRPNHead, '_bbox_post_process'):
+            return super()._bbox_post_process(results, cfg, rescale, with_nms, img_meta)
         assert with_nms, 'proposals are always suppressed'
         if rescale:
             results.bboxes = scaled(results.bboxes, [1 / factor for factor in img_meta['scale_factor']])

@@ -14,6 +14,7 @@ from mmengine.registry import TASK_UTILS
 from torch import Tensor
 
 from densekit.models.boxes import positions
+from densekit.models.overrides import unchanged
 
 
 @TASK_UTILS.register_module()
@@ -26,14 +27,22 @@ class WholeRandomSampler(RandomSampler):
     Its results have one attribute more, ``truths``: how many of the first positive boxes are true ones that were added.
     """
 
+    @property
+    def whole(self) -> bool:
+        """Whether no subclass draws otherwise, image by image, so that :meth:`sample_all` can be asked instead."""
+        methods = '_sample_pos', '_sample_neg', 'random_choice'
+        return unchanged(self, WholeRandomSampler, 'sample') and unchanged(self, RandomSampler, *methods)
+
     def sample(self, assign_result: AssignResult, pred_instances: Any, gt_instances: Any, **kwargs: Any) -> Any:
-        """Draws from the boxes of one image; see :meth:`sample_all`."""
+        """Draws from the boxes of one image; see :meth:`sample_all`. If not :attr:`whole`, in mmdet's way."""
+        if not self.whole:
+            return super().sample(assign_result, pred_instances, gt_instances, **kwargs)
         return self.sample_all([assign_result], [pred_instances.priors], [gt_instances])[0]
 
     def sample_all(
         self, assigned: Sequence[AssignResult], priors: Sequence[Tensor], truths: Sequence[Any]
     ) -> list[SamplingResult]:
-        """Draws from the boxes of several images.
+        """Draws from the boxes of several images. Only if :attr:`whole`.
 
         Args:
             assigned: of each image; true boxes are added to it if the sampler does so.
@@ -43,6 +52,7 @@ class WholeRandomSampler(RandomSampler):
         Returns:
             Of each image the boxes drawn, those with an object and those without.
         """
+        assert self.whole, 'a subclass draws in its own way'
         if self.add_gt_as_proposals:
             priors = [torch.cat([truth.bboxes, boxes]) for truth, boxes in zip(truths, priors, strict=True)]
             for result, truth in zip(assigned, truths, strict=True):

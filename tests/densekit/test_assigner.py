@@ -62,6 +62,17 @@ def test_the_data_above_has_what_is_to_be_told_apart():
     assert len(boxes(60, 1).unique(dim=0)) < 60
 
 
+@pytest.mark.parametrize('name', ['assign', 'assign_wrt_overlaps'])
+def test_a_subclass_that_assigns_in_its_own_way_is_not_plain(name):
+    def own(self, *args, **kwargs):
+        return getattr(super(cls, self), name)(*args, **kwargs)
+
+    cls = type('Own', (WholeMaxIoUAssigner,), {name: own})
+    assert WholeMaxIoUAssigner(**RPN).plain and not cls(**RPN).plain
+    ours, theirs = (assigned(one, RPN, 12, 400) for one in (cls, MaxIoUAssigner))
+    assert all(torch.equal(own, reference) for own, reference in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_nothing_waits_for_the_device():

@@ -107,6 +107,33 @@ def test_one_image_at_a_time():
     assert torch.equal(one.neg_inds, all_of_one[0].neg_inds)
 
 
+FIRST = {
+    '_sample_pos': lambda self, result, wanted, **kwargs: (result.gt_inds > 0).nonzero().squeeze(1)[:wanted],
+    '_sample_neg': lambda self, result, wanted, **kwargs: (result.gt_inds == 0).nonzero().squeeze(1)[:wanted],
+    'random_choice': lambda self, places, wanted: places[:wanted],
+}
+
+
+@pytest.mark.parametrize('name', FIRST)
+def test_a_subclass_draws_in_its_own_way(name):
+    options = dict(num=64, pos_fraction=0.25)
+    found = []
+    for cls in (WholeRandomSampler, RandomSampler):
+        sampler = type('First', (cls,), {name: FIRST[name]})(**options)
+        torch.manual_seed(7)
+        result, boxes, truth = copy.deepcopy(CASES['more than wanted'][0])
+        found.append(sampler.sample(result, InstanceData(priors=boxes), truth))
+        if cls is WholeRandomSampler:
+            assert not sampler.whole
+            with pytest.raises(AssertionError, match='own way'):
+                sampler.sample_all([result], [boxes], [truth])
+    usual = drawn(WholeRandomSampler, CASES['more than wanted'][:1], **options)[0][0]
+    differs = [not torch.equal(getattr(found[0], kind), getattr(usual, kind)) for kind in ('pos_inds', 'neg_inds')]
+    assert any(differs)
+    for kind in ('pos_inds', 'neg_inds'):
+        assert torch.equal(getattr(found[0], kind), getattr(found[1], kind))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_the_host_waits_once():

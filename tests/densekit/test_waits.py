@@ -7,6 +7,8 @@ from collections import Counter
 
 import pytest
 import torch
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData
 from small_detectors import small
 from torch import nn
 
@@ -14,6 +16,7 @@ from densekit.benchmark.steps import Step, StepCase
 from densekit.benchmark.stock import stock_form
 from densekit.benchmark.waits import DEVICE, pretended_cuda, waits_of_step
 from densekit.engine import guards
+from densekit.models import DeviceDetDataPreprocessor
 
 IMAGES = (2, 64, 96)
 CPU = torch.device('cpu')
@@ -40,6 +43,9 @@ WAITING = {
     'cpu': lambda x, m: x.cpu(),
     'to the host': lambda x, m: x.to('cpu', non_blocking=True),
     'to the device': lambda x, m: torch.ones(3).to(DEVICE),
+    'to the device, pinned': lambda x, m: torch.ones(3).pin_memory().to(DEVICE),
+    'much to the device, unpinned': lambda x, m: torch.ones(16385).to(DEVICE, non_blocking=True),
+    'much into what is there, unpinned': lambda x, m: torch.ones(16385, device=DEVICE).copy_(torch.ones(16385), True),
     'to where another is': lambda x, m: torch.ones(3).to(x),
     'into what is on the device': lambda x, m: x.copy_(torch.ones(4)),
     'tensor': lambda x, m: torch.tensor([1.0, 2.0], device=DEVICE),
@@ -59,7 +65,9 @@ WAITING = {
 NOT_WAITING = {
     'filling': lambda x, m: x.new_full((3,), 2.0),
     'a device from the start': lambda x, m: torch.arange(3, device='cuda'),
-    'pinned': lambda x, m: torch.ones(3).pin_memory().to(DEVICE, non_blocking=True),
+    'pinned': lambda x, m: torch.ones(40000).pin_memory().to(DEVICE, non_blocking=True),
+    'part of what is pinned': lambda x, m: torch.ones(40000).pin_memory()[:30000].to(DEVICE, non_blocking=True),
+    'little, unpinned': lambda x, m: torch.ones(16384).to(DEVICE, non_blocking=True),
     'on the device already': lambda x, m: x.to(DEVICE).to(x),
     'places': lambda x, m: x[torch.arange(2, device=DEVICE)],
     'a number put by a mask': lambda x, m: x.__setitem__(m, 5.0),
@@ -90,6 +98,28 @@ def test_what_does_not(kind):
         waits.clear()
         NOT_WAITING[kind](x, m)
     assert waits.total() == 0, waits
+
+
+def test_what_is_pinned():
+    with pretended_cuda():
+        host = torch.ones(3)
+        pinned = host.pin_memory()
+        assert pinned.is_pinned() and pinned[1:].is_pinned() and pinned.pin_memory() is pinned
+        assert not host.is_pinned() and not pinned.clone().is_pinned()
+
+
+@pytest.mark.parametrize('pinned', [True, False])
+def test_images_go_to_the_device_while_the_host_goes_on(pinned):
+    """If a loader pins them; boxes and labels, which it does not pin, are small."""
+    with pretended_cuda() as waits:
+        preprocessor = DeviceDetDataPreprocessor([1.0] * 3, [2.0] * 3, bgr_to_rgb=True, boxtype2tensor=False).to(DEVICE)
+        images = [torch.zeros(3, 160, 160, dtype=torch.uint8) for _ in range(2)]
+        truth = InstanceData(bboxes=torch.ones(300, 4), labels=torch.ones(300).long())
+        samples = [DetDataSample(gt_instances=truth, metainfo=dict(img_shape=(160, 160))) for _ in range(2)]
+        batch = {'inputs': [image.pin_memory() for image in images] if pinned else images, 'data_samples': samples}
+        waits.clear()
+        assert preprocessor(batch)['data_samples'][0].gt_instances.bboxes.is_cuda
+    assert waits.total() == (0 if pinned else 2), waits
 
 
 def test_waits_of_the_backward_pass():

@@ -7,11 +7,21 @@ import copy
 
 import pytest
 import torch
+from mmdet.models.data_preprocessors import DetDataPreprocessor
+from mmdet.models.dense_heads import RPNHead
+from mmdet.models.roi_heads.bbox_heads import BBoxHead, Shared2FCBBoxHead
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from small_detectors import small
+from torch import nn
 
 from densekit.benchmark.generated import jittered_truth, make_batch
+from densekit.models import (
+    DeviceDetDataPreprocessor,
+    ExactRPNHead,
+    WholeRandomSampler,
+    WholeShared2FCBBoxHead,
+)
 
 SIZE = (2, 96, 128)
 MMDETS = {
@@ -172,3 +182,111 @@ def test_each_class_of_ours_is_in_a_recipe(recipe):
     cascade = {'WholeCascadeRoIHead', 'WholeConvFCBBoxHead'}
     assert names == set(MMDETS) - (cascade if recipe == 'mask_rcnn' else mask_rcnn)
     assert not list(types_in(mmdets(cfg).model))
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_finding_without_suppression(recipe, one_thread):
+    cfg = small(recipe, found=0.0)
+    cfg.model.test_cfg.rpn.nms = cfg.model.test_cfg.rcnn.nms = None
+    ours, theirs = (results(one) for one in (cfg, mmdets(cfg)))
+    for own, reference in zip(ours, theirs, strict=True):
+        assert len(own) > 1 and torch.equal(own.bboxes, reference.bboxes) and torch.equal(own.labels, reference.labels)
+
+
+def results(cfg):
+    with DefaultScope.overwrite_default_scope('mmdet'), torch.no_grad():
+        return [one.pred_instances for one in built(cfg).eval().test_step(make_batch(cfg, SIZE, polygons=False))]
+
+
+class Parts(nn.Module):
+    """A loss of scores in two named parts."""
+
+    custom_activation = False
+
+    def forward(self, scores, labels, weights, avg_factor=None, **kwargs):
+        loss = nn.functional.cross_entropy(scores, labels, reduction='sum') / avg_factor
+        return {'loss_near': loss * 0.75, 'loss_far': loss * 0.25}
+
+
+def test_a_loss_in_parts(one_thread):
+    cfg = small('mask_rcnn')
+    cfg.model.roi_head.bbox_head.loss_cls = dict(type=Parts)
+    ours, theirs = (learned(one) for one in (cfg, mmdets(cfg)))
+    assert_equal(ours, theirs)
+    assert {'loss_near', 'loss_far', 'acc'} < ours.keys() and 'loss_cls' not in ours
+
+
+def counted(calls, cls, name):
+    """A subclass that notes the calls of a method and then does as before."""
+
+    def own(self, *args, **kwargs):
+        calls.append(name)
+        return getattr(super(made, self), name)(*args, **kwargs)
+
+    made = type(f'Own{cls.__name__}', (cls,), {name: own})
+    return made
+
+
+OVERRIDES = [
+    (WholeShared2FCBBoxHead, 'loss'),
+    (WholeRandomSampler, 'sample'),
+    (WholeRandomSampler, '_sample_pos'),
+    (WholeRandomSampler, '_sample_neg'),
+    (ExactRPNHead, '_get_targets_single'),
+]
+
+
+@pytest.mark.parametrize(('cls', 'name'), OVERRIDES, ids=lambda value: getattr(value, '__name__', value))
+def test_a_subclass_is_not_passed_over(cls, name, one_thread):
+    calls = []
+    own = counted(calls, cls, name)
+    cfg = small('mask_rcnn')
+    other = copy.deepcopy(cfg)
+    for node in list(types_in(other.model)):
+        if node['type'] == cls.__name__:
+            node['type'] = own
+    ours, theirs = learned(other), learned(mmdets(cfg))
+    assert calls
+    assert_equal(ours, theirs)
+
+
+def half_counts(self, *args, **kwargs):
+    """Targets of boxes of which only every other one counts."""
+    labels, weights, *rest = BBoxHead._get_targets_single(self, *args, **kwargs)
+    return labels, weights * (torch.arange(len(weights)) % 2), *rest
+
+
+def test_box_targets_of_a_subclass(one_thread):
+    cfg = small('mask_rcnn')
+    found = []
+    for one, cls in ((cfg, WholeShared2FCBBoxHead), (mmdets(cfg), Shared2FCBBoxHead)):
+        one.model.roi_head.bbox_head.type = type('HalfCounts', (cls,), {'_get_targets_single': half_counts})
+        found.append(learned(one))
+    assert_equal(*found)
+
+
+def test_a_subclass_that_suppresses_proposals_itself(one_thread):
+    cfg = small('mask_rcnn')
+    expected = learned(mmdets(cfg))
+    own = {'_bbox_post_process': RPNHead._bbox_post_process}
+    cfg.model.rpn_head.type = type('OwnSuppression', (ExactRPNHead,), own)
+    assert_equal(learned(cfg), expected)
+
+
+@pytest.mark.parametrize('joined', [False, True])
+def test_channels_are_swapped_as_mmdet_does(joined):
+    generator = torch.Generator().manual_seed(0)
+    for channels, mean in ((3, [1.0, 2.0, 3.0]), (4, [1.0, 2.0, 3.0])):
+        images = [torch.randint(0, 255, (channels, 32, 32), generator=generator, dtype=torch.uint8) for _ in range(2)]
+        found = []
+        for cls in (DeviceDetDataPreprocessor, DetDataPreprocessor):
+            preprocessor = cls(mean=mean, std=[2.0, 3.0, 4.0], bgr_to_rgb=True)
+            data = {'inputs': torch.stack(images) if joined else list(images), 'data_samples': None}
+            found.append(preprocessor(data)['inputs'])
+        assert found[0].shape == (2, 3, 32, 32) and torch.equal(*found)
+
+
+def test_images_of_one_channel_have_none_to_swap():
+    for cls in (DeviceDetDataPreprocessor, DetDataPreprocessor):
+        with pytest.raises(IndexError):
+            cls(bgr_to_rgb=True)({'inputs': [torch.zeros(1, 32, 32)], 'data_samples': None})
