@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 from torch.multiprocessing import start_processes
 
 import densekit.ops  # noqa: F401
@@ -332,9 +333,9 @@ def test_a_run_that_cannot_be_does_not_start(tool, tiny, tmp_path, quick_mmengin
     assert said in capsys.readouterr().err
 
 
-def test_without_a_compiler_a_run_does_not_start(tool, tiny, tmp_path, quick_mmengine, capsys, monkeypatch):
-    monkeypatch.setattr('torch._inductor.config.cpp.cxx', ('no-such-compiler',))
-    assert tool('train', tiny.seg, '--work-dir', tmp_path, '--compile') == 2
+def test_without_a_compiler_a_run_does_not_start(tool, tiny, tmp_path, quick_mmengine, capsys):
+    with inductor_config.patch({'cpp.cxx': ('no-such-compiler',)}):  # monkeypatch would leave the option deleted
+        assert tool('train', tiny.seg, '--work-dir', tmp_path, '--compile') == 2
     said = capsys.readouterr().err
     assert 'torch.compile does not work on this machine' in said and 'g++' in said
     assert not list(tmp_path.glob('*.pth'))
