@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from backbones.kernels.choice import why_not
+from backbones.kernels.dtypes import product_dtype
 from backbones.kernels.pointwise import _normalize_backward
 
 SIZES = (3, 5, 7, 9, 11)
@@ -38,7 +39,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         RuntimeError: if there is no Triton for the device of x.
     """
     _check(x, weight, bias)
-    return _forward(_last(x), weight, bias, _result_dtype(x))
+    return _forward(_last(x), weight, bias, product_dtype(x))
 
 
 def depthwise_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -60,7 +61,7 @@ def depthwise_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -
         RuntimeError: if there is no Triton for the device of x.
     """
     _check(x, weight, bias)
-    return _norm(_last(x), weight, bias, eps, _result_dtype(x))[0]
+    return _norm(_last(x), weight, bias, eps, product_dtype(x))[0]
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -73,13 +74,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for tensor in (x, weight) if bias is None else (x, weight, bias):
         if not tensor.is_floating_point():
             raise ValueError(f'a tensor of {tensor.dtype}: give floating-point numbers')
-
-
-def _result_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
 
 
 def _kernels(x: Tensor) -> ModuleType:

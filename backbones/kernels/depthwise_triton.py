@@ -41,7 +41,7 @@ from backbones.kernels.depthwise_plan import (
     together_plan,
 )
 from backbones.kernels.dtypes import math_dtype
-from backbones.kernels.pointwise_triton import Launch, launch, launches, math_type, whole_rows
+from backbones.kernels.pointwise_triton import Launch, cdiv, launch, launches, math_type, whole_rows
 from backbones.kernels.pointwise_triton import _normalize_kernel as normalize_kernel
 
 PARTS, CHANNELS = 64, 32
@@ -534,7 +534,7 @@ def forward_and_normalize(
     rows = out.shape[:-1].numel()
     rstd = torch.empty(out.shape[:-1], dtype=math_dtype(out), device=x.device)
     options = whole_rows(channels)
-    grid = (triton.cdiv(rows, options['R']),)
+    grid = (cdiv(rows, options['R']),)
     launch(normalize_kernel, grid, out, out, rstd, rows, eps, C=channels, MATH=math_type(out), **options)
     return out, rstd
 
@@ -567,7 +567,7 @@ def weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, bias: bool) -> tupl
     )
     launch(
         sum_parts,
-        (size * size + 1 if bias else size * size, triton.cdiv(channels, CHANNELS)),
+        (size * size + 1 if bias else size * size, cdiv(channels, CHANNELS)),
         *(partial, weight_grad, bias_grad, plan.parts),
         **dict(C=channels, TAPS=size * size, CHANNEL_STRIDE=weight_grad.stride(0), TAP_STRIDE=weight_grad.stride(3)),
         **dict(PARTS=PARTS, CHANNELS=CHANNELS, HAS_BIAS=bias, DTYPE=math_type(x), num_warps=WARPS),

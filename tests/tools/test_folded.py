@@ -6,8 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
+from untrained import random_weights
 
 from backbones.folding import FoldedBlock
 from densekit import predictor as predictor_module
@@ -18,28 +17,21 @@ from densekit.report.pictures import read_image
 pytestmark = pytest.mark.usefixtures('quick_mmengine')
 
 
-def random_weights(config, path):
-    """A checkpoint in which the affine maps and layer scales that are folded are no identities."""
-    torch.manual_seed(0)
-    cfg = Config.fromfile(config)
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        model = MODELS.build(cfg.model)
-        model.init_weights()
+def no_identities(model):
+    """Gives the affine maps and layer scales that are folded values that matter."""
     for name, parameter in model.named_parameters():
         if name.startswith('backbone.stages') and name.endswith(('gamma', 'norm.weight', 'norm.bias')):
             torch.nn.init.normal_(parameter, mean=0.5, std=0.3)
-    torch.save({'state_dict': model.state_dict()}, path)
-    return str(path)
 
 
 @pytest.fixture(scope='module')
 def det(tiny, tmp_path_factory):
-    return tiny.det, random_weights(tiny.det, tmp_path_factory.mktemp('det') / 'det.pth')
+    return tiny.det, random_weights(tiny.det, tmp_path_factory.mktemp('det') / 'det.pth', no_identities)
 
 
 @pytest.fixture(scope='module')
 def seg(tiny, tmp_path_factory):
-    return tiny.seg, random_weights(tiny.seg, tmp_path_factory.mktemp('seg') / 'seg.pth')
+    return tiny.seg, random_weights(tiny.seg, tmp_path_factory.mktemp('seg') / 'seg.pth', no_identities)
 
 
 @pytest.fixture(scope='module')
@@ -50,7 +42,7 @@ def resnet(tiny, tmp_path_factory):
     backbone = "dict(_delete_=True, type='mmseg.ResNet', depth=18, out_indices=(0, 1, 2, 3))"
     heads = 'decode_head=dict(in_channels=[64, 128, 256, 512]), auxiliary_head=dict(in_channels=256)'
     config.write_text(f"_base_ = '{tiny.seg}'\nmodel = dict(backbone={backbone}, {heads})\n")
-    return str(config), random_weights(config, folder / 'resnet.pth')
+    return str(config), random_weights(config, folder / 'resnet.pth', no_identities)
 
 
 def same(found, expected):

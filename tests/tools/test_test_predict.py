@@ -11,10 +11,11 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import DefaultScope
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
+from untrained import random_weights
 
 import densekit.ops
 from densekit.predictor import Predictor
@@ -27,17 +28,6 @@ pytestmark = pytest.mark.usefixtures('quick_mmengine')
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ['circle', 'square', 'triangle', 'star', 'cross']
-
-
-def random_weights(config, path):
-    """A checkpoint of the config's model: after a seed, as good as any where only the plumbing is tested."""
-    torch.manual_seed(0)
-    cfg = Config.fromfile(config)
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        model = MODELS.build(cfg.model)
-        model.init_weights()
-    torch.save({'state_dict': model.state_dict()}, path)
-    return str(path)
 
 
 @pytest.fixture(scope='module')
